@@ -1,0 +1,101 @@
+# `make run` and `make test` need Python 3.11 or later, pip, make and git, nothing else. Each makes
+# its own virtual environment in .venv and installs the pinned versions of constraints.txt there;
+# the second call finds it in place and starts at once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The interpreter that makes the environment: `make test PYTHON=python3.13`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# pytest's processes: `make pytest JOBS=8`.
+JOBS ?= 2
+# More for pytest: `make pytest ARGS='-k llama4 --no-cov'`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# torch first and by itself, at the pinned version: a package that asks for any torch must find
+# one in place instead of bringing another build of it.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# pyright's wheel carries pyright, and runs it on the machine's `node`. Where there is none, one
+# more wheel brings it. (Left alone, pyright would download a node build of its own.)
+NODE := $(if $(shell command -v node),,,node)
+STUBS := $(sort $(patsubst stubs/%/,%,$(dir $(wildcard stubs/*/__init__.pyi))))
+
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Holds for every pip below, the one that fetches the build backend included (newer pips read the
+# second name for that).
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+# A user's own settings stay out: what is in .venv is what is tested.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help run test fmt format-check lint imports types verifytypes stubtest pytest clean
+
+help:  ## these lines
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+run: $(VENV)/.run  ## run one model's experts, routed and checked, on this machine
+	$(BIN)/typed-moe run qwen3-30b-a3b --quant fp8_block --tokens 64
+
+test: format-check lint imports types verifytypes stubtest pytest  ## every check, in this order
+
+fmt: $(VENV)/.test  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.test  ## ruff
+	$(BIN)/ruff check .
+
+imports: $(VENV)/.test  ## the import contract of pyproject.toml
+	$(BIN)/lint-imports --no-logo
+
+types: $(VENV)/.test  ## mypy --strict over the package, the tests, the examples and the stubs
+	$(BIN)/mypy
+	$(if $(wildcard docs/examples/*.py),$(BIN)/mypy docs/examples)
+	$(if $(STUBS),$(BIN)/mypy stubs)
+
+# pyright asks the first `python` on PATH where packages are; for this it has no option.
+verifytypes: $(VENV)/.test  ## every public name has a type, says pyright
+	PATH="$(abspath $(BIN)):$$PATH" pyright --verifytypes typed_moe --ignoreexternal
+
+# stubtest compares a stub with the library, so it needs the library: a package that is not
+# installed here is named and left to the machine that has it.
+stubtest: $(VENV)/.test  ## stubs/ against the installed libraries
+	$(if $(STUBS),,@echo "stubtest: stubs/ holds no package yet; nothing to compare")
+	@for package in $(STUBS); do \
+	    if $(BIN)/python -c "import sys, importlib.util as u; sys.exit(u.find_spec('$$package') is None)"; then \
+	        $(BIN)/stubtest --mypy-config-file mypy.ini --allowlist stubs/allowlist.txt $$package; \
+	    else \
+	        echo "stubtest: $$package is not installed; its stub is not compared here"; \
+	    fi; \
+	done
+
+pytest: $(VENV)/.test  ## the tests, typing tests included, with coverage
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --cov --cov-report term $(ARGS)
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .coverage .coverage.* htmlcov build dist
+	find python tests stubs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment, two stamps: what runs the package, and what tests it.
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('typed-moe needs Python 3.11 or later; this is ' + sys.version)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[test$(NODE)]"
+	@touch $@ $(VENV)/.run

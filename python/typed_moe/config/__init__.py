@@ -1,0 +1,49 @@
+"""Room 1: frozen records of plain values. Nothing here holds a tensor."""
+
+from typed_moe.config._activation import (
+    Activation,
+    Geglu,
+    Gelu,
+    Relu2,
+    Silu,
+    Swiglu,
+    SwigluStep,
+    is_gated,
+)
+from typed_moe.config._formats import (
+    FORMATS,
+    Bf16,
+    Format,
+    FormatName,
+    Fp8BlockScale,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    Nvfp4,
+    Unquantized,
+    weight_block,
+)
+from typed_moe.config._placement import Placement
+
+__all__ = [
+    "FORMATS",
+    "Activation",
+    "Bf16",
+    "Format",
+    "FormatName",
+    "Fp8BlockScale",
+    "Fp8PerTensor",
+    "Geglu",
+    "Gelu",
+    "MxFp4",
+    "MxFp8",
+    "Nvfp4",
+    "Placement",
+    "Relu2",
+    "Silu",
+    "Swiglu",
+    "SwigluStep",
+    "Unquantized",
+    "is_gated",
+    "weight_block",
+]

@@ -1,0 +1,67 @@
+"""What a kernel is to a runner: facts about it, and a call."""
+
+from __future__ import annotations
+
+from typing import Protocol, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.config import Activation, Format, Placement
+from typed_moe.kernels.args import MoeArgs
+from typed_moe.routing import KernelRules, Refused, RoutingShape
+
+
+@final
+@attrs.frozen(kw_only=True)
+class KernelRequest:
+    """The layer that a kernel is asked to serve.
+
+    Attributes:
+        shape: routed experts and top_k.
+        quant: the format of weights and activations.
+        activation: of the experts.
+        placement: this rank's share.
+        hidden_size, intermediate_size: of one expert, whole.
+        num_fused_shared_experts: shared experts that run as extra slots.
+        has_bias: whether the experts have bias vectors.
+        device: where the weights are.
+        dtype: of activations and unquantised weights.
+    """
+
+    shape: RoutingShape
+    quant: Format
+    activation: Activation
+    placement: Placement
+    hidden_size: int
+    intermediate_size: int
+    num_fused_shared_experts: int
+    has_bias: bool
+    device: torch.device
+    dtype: torch.dtype
+
+
+class MoeKernel(Protocol):
+    """**Protocol:** takes an argument record, gives the routed experts' output."""
+
+    @property
+    def name(self) -> str:
+        """The name that plans print."""
+        ...
+
+    @property
+    def gate_first(self) -> bool:
+        """Row order of a gated first matrix: gate rows then up rows, or the other way round."""
+        ...
+
+    def rules(self, request: KernelRequest) -> KernelRules | Refused:
+        """What it computes for this layer, or why it cannot serve it."""
+        ...
+
+    def __call__(self, args: MoeArgs, /) -> Tensor:
+        """Run. Returns (T, H), float32 or bfloat16; partial sums where the rank is one of several.
+
+        Not called with T = 0: runners return the empty result by themselves.
+        """
+        ...

@@ -1,0 +1,221 @@
+"""The argument records: what a fused MoE kernel is called with, under the kernel's own names.
+
+One record per family of FlashInfer entry points (`trtllm_<family>_moe` and its `_routed`
+twin). Which twin is meant is the type of `routing`: `FromLogits` or `Precomputed`. What does
+not change between calls is in `experts`, built once.
+
+Shapes: T tokens, H hidden size, I intermediate size of this rank, E experts of the whole
+layer, L experts of this rank (fused shared experts at the end), M = 2I for a gated activation
+and I otherwise, k = top_k.
+
+Source: `flashinfer.fused_moe` 0.7.2.post1.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import attrs
+from torch import Tensor
+
+from typed_moe.routing import GlobalExpertIds
+
+ActivationType = Literal[
+    "Swiglu", "SwigluStep", "Geglu", "GegluTanh", "Relu2", "Silu", "Gelu", "GeluTanh"
+]
+"""FlashInfer's names of `ActivationType`, and GeluTanh, which it lacks."""
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class FromLogits:
+    """Routing arguments of a kernel that routes by itself.
+
+    Attributes:
+        routing_logits: (T, E) in a dtype that the kernel reads.
+        routing_bias: (E,) correction bias, or None for a method that has none.
+        n_group, topk_group: 1 or more for a method that knows groups, None otherwise.
+        routed_scaling_factor: None for a method that has no factor.
+        routing_method_type: the method by name; never a number here.
+        norm_topk_prob: read by SigmoidRenorm alone.
+        use_routing_scales_on_input: the weight multiplies the expert's input.
+    """
+
+    routing_logits: Tensor
+    routing_bias: Tensor | None
+    n_group: int | None
+    topk_group: int | None
+    routed_scaling_factor: float | None
+    routing_method_type: str
+    norm_topk_prob: bool = True
+    use_routing_scales_on_input: bool = False
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Precomputed:
+    """Routing that is final: no method, no bias, no groups, no scale.
+
+    Attributes:
+        topk_ids: (T, k + fused shared experts) int32 global ids; -1 and ids of other ranks
+            are skipped.
+        topk_weights: the same shape, float32 or bfloat16.
+    """
+
+    topk_ids: GlobalExpertIds
+    topk_weights: Tensor
+
+
+Routing = FromLogits | Precomputed
+"""The two modes of a call. No mode is told by a null pointer."""
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class ExpertArgs:
+    """Arguments that every entry point has and that no call changes.
+
+    Attributes:
+        num_experts: E, routed experts of the whole layer.
+        top_k: k, routed experts per token.
+        intermediate_size: I of this rank.
+        local_expert_offset: global id of this rank's first expert.
+        local_num_experts: routed experts of this rank.
+        activation_type: by name.
+        num_fused_shared_experts: experts E, E + 1, ... that every token goes to with weight 1.
+        gemm1_alpha, gemm1_beta, gemm1_clamp_limit: (L,) float32 settings of Swiglu, and the
+            limit of SwigluStep; None where the activation's plain form is meant.
+        gemm1_bias: (L, M) float32, or None.
+        gemm2_bias: (L, H) float32, or None.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    local_expert_offset: int
+    local_num_experts: int
+    activation_type: ActivationType
+    num_fused_shared_experts: int = 0
+    gemm1_alpha: Tensor | None = None
+    gemm1_beta: Tensor | None = None
+    gemm1_clamp_limit: Tensor | None = None
+    gemm1_bias: Tensor | None = None
+    gemm2_bias: Tensor | None = None
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Bf16MoeArgs:
+    """`trtllm_bf16_moe`, `trtllm_bf16_routed_moe`.
+
+    The reference kernel takes float32 and float16 in the same record.
+
+    Attributes:
+        hidden_states: (T, H) bfloat16.
+        gemm1_weights: (L, M, H) bfloat16.
+        gemm2_weights: (L, H, I) bfloat16.
+    """
+
+    family: ClassVar[Literal["bf16"]] = "bf16"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    gemm1_weights: Tensor
+    gemm2_weights: Tensor
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Fp8PerTensorMoeArgs:
+    """`trtllm_fp8_per_tensor_scale_moe`, `trtllm_fp8_per_tensor_scale_routed_moe`.
+
+    Attributes:
+        hidden_states: (T, H) float8_e4m3fn.
+        gemm1_weights: (L, M, H) float8_e4m3fn.
+        output1_scales_scalar: (L,) float32. Gated: w13_scale * x_scale / h_scale, with h_scale
+            the intermediate's static scale. Ungated: 1 / h_scale.
+        output1_scales_gate_scalar: (L,) float32, w13_scale * x_scale.
+        gemm2_weights: (L, H, I) float8_e4m3fn.
+        output2_scales_scalar: (L,) float32, w2_scale * h_scale.
+    """
+
+    family: ClassVar[Literal["fp8_per_tensor_scale"]] = "fp8_per_tensor_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    gemm1_weights: Tensor
+    output1_scales_scalar: Tensor
+    output1_scales_gate_scalar: Tensor
+    gemm2_weights: Tensor
+    output2_scales_scalar: Tensor
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Fp8BlockMoeArgs:
+    """`trtllm_fp8_block_scale_moe`, `trtllm_fp8_block_scale_routed_moe`.
+
+    Attributes:
+        hidden_states: (T, H) float8_e4m3fn.
+        hidden_states_scale: DeepSeekFp8: (H / 128, T) float32; MxFp8: (T, H / 32) uint8.
+        gemm1_weights: (L, M, H) float8_e4m3fn.
+        gemm1_weights_scale: DeepSeekFp8: (L, M / 128, H / 128) float32; MxFp8: (L, M, H / 32).
+        gemm2_weights: (L, H, I) float8_e4m3fn.
+        gemm2_weights_scale: as gemm1_weights_scale, for (H, I).
+        fp8_quantization_type: by name.
+    """
+
+    family: ClassVar[Literal["fp8_block_scale"]] = "fp8_block_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    hidden_states_scale: Tensor
+    gemm1_weights: Tensor
+    gemm1_weights_scale: Tensor
+    gemm2_weights: Tensor
+    gemm2_weights_scale: Tensor
+    fp8_quantization_type: Literal["DeepSeekFp8", "MxFp8"]
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Fp4MoeArgs:
+    """`trtllm_fp4_block_scale_moe`, `trtllm_fp4_block_scale_routed_moe`.
+
+    NVFP4 and MXFP4 share it; the weight scales' dtype tells them apart.
+
+    Attributes:
+        hidden_states: (T, H / 2) uint8 NVFP4, or (T, H) bfloat16 or float8_e4m3fn with MXFP4.
+        hidden_states_scale: (T, H / 16) float8_e4m3fn for NVFP4, (T, H / 32) uint8 for MXFP8,
+            None for bfloat16.
+        gemm1_weights: (L, M, H / 2) uint8, two E2M1 values per byte.
+        gemm1_weights_scale: NVFP4: (L, M, H / 16) float8_e4m3fn; MXFP4: (L, M, H / 32) uint8.
+        gemm2_weights: (L, H, I / 2) uint8.
+        gemm2_weights_scale: as gemm1_weights_scale, for (H, I).
+        output1_scale_scalar, output1_scale_gate_scalar, output2_scale_scalar: (L,) float32 as
+            in `Fp8PerTensorMoeArgs`, with the per-tensor scales of NVFP4; None for MXFP4.
+    """
+
+    family: ClassVar[Literal["fp4_block_scale"]] = "fp4_block_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    hidden_states_scale: Tensor | None
+    gemm1_weights: Tensor
+    gemm1_weights_scale: Tensor
+    gemm2_weights: Tensor
+    gemm2_weights_scale: Tensor
+    output1_scale_scalar: Tensor | None
+    output1_scale_gate_scalar: Tensor | None
+    output2_scale_scalar: Tensor | None
+
+
+MoeArgs = Bf16MoeArgs | Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs
+"""Any argument record."""
+
+Family = Literal["bf16", "fp8_per_tensor_scale", "fp8_block_scale", "fp4_block_scale"]
+
+
+def entry_point(family: Family, routing: type[FromLogits] | type[Precomputed]) -> str:
+    """FlashInfer's name of the function that a record is for."""
+    return f"trtllm_{family}_{'moe' if routing is FromLogits else 'routed_moe'}"

@@ -1,0 +1,192 @@
+"""The reference kernel: every argument record in float32 PyTorch, on any machine.
+
+Slow and plain on purpose. It computes what the fused kernels compute, the rounding of the
+format included: stored values are dequantised, products are accumulated in float32, and the
+intermediate is rounded to what the second matrix would read.
+
+Shapes: as in `typed_moe.kernels.args`; n is the number of slots that one expert serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import final
+
+import attrs
+import torch
+from torch import Tensor
+from typing_extensions import assert_never
+
+from typed_moe.kernels._experts_math import activate, is_gated_type, settings_of
+from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._reference_formats import Numerics, numerics_of
+from typed_moe.kernels._reference_routing import METHODS, route
+from typed_moe.kernels.args import ExpertArgs, FromLogits, MoeArgs, Precomputed
+from typed_moe.routing import (
+    GlobalExpertIds,
+    GroupLimits,
+    KernelRules,
+    LocalExpertIds,
+    MethodRules,
+    Refused,
+    Tier,
+)
+
+_ANY_SIZE = (Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),)
+_ANY_GROUPS = GroupLimits(
+    max_groups=2**31 - 1, max_experts_per_group=2**31 - 1, max_topk_group=2**31 - 1
+)
+_ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_METHOD_RULES: Mapping[str, MethodRules] = MappingProxyType(
+    {
+        method: MethodRules(
+            tiers=_ANY_SIZE,
+            logits_dtypes=_ANY_DTYPE,
+            bias_dtypes=_ANY_DTYPE,
+            grouped_tiers=_ANY_SIZE,
+            groups=_ANY_GROUPS,
+        )
+        for method in METHODS
+    }
+)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class ReferenceKernel:
+    """Float32 PyTorch over the argument records.
+
+    Attributes:
+        gate_first: row order of a gated first matrix: True is gate rows then up rows, as
+            layers store them; False is FlashInfer's order.
+        on_intermediate: called with every intermediate (n, I) float32 before it is rounded;
+            calibration watches its range.
+    """
+
+    gate_first: bool = True
+    on_intermediate: Callable[[Tensor], None] | None = None
+
+    @property
+    def name(self) -> str:
+        """`reference`."""
+        return "reference"
+
+    def rules(self, request: KernelRequest) -> KernelRules | Refused:
+        """It serves every layer, but for fused shared experts under expert parallelism."""
+        if request.num_fused_shared_experts and request.placement.ep_size > 1:
+            return Refused(
+                "fused shared experts are held by every rank, so with ep_size = "
+                f"{request.placement.ep_size} they would be added once per rank; run them "
+                "unfused"
+            )
+        return KernelRules(
+            kernel=self.name,
+            methods=_METHOD_RULES,
+            weight_on_input=True,
+            source="typed_moe.kernels.reference",
+        )
+
+    def __call__(self, args: MoeArgs, /) -> Tensor:
+        """(T, H) float32: the sum over this rank's experts of weight * expert(x)."""
+        experts = args.experts
+        routing = _with_shared(_routing(args.routing, experts.top_k), args.routing, experts)
+        weights = routing.topk_weights.float()
+        numerics = numerics_of(args)
+        on_input = isinstance(args.routing, FromLogits) and args.routing.use_routing_scales_on_input
+        local = to_local(
+            routing.topk_ids,
+            local_expert_offset=experts.local_expert_offset,
+            local_num_experts=experts.local_num_experts,
+            num_experts=experts.num_experts,
+            num_fused_shared_experts=experts.num_fused_shared_experts,
+        )
+        output = torch.zeros(
+            weights.shape[0], numerics.hidden_size, dtype=torch.float32, device=weights.device
+        )
+        for expert, token, slot in slots_by_expert(local):
+            weight = weights[token, slot].unsqueeze(-1)
+            x = numerics.hidden_states(token)
+            y = self._expert(x * weight if on_input else x, expert, experts, numerics)
+            output.index_add_(0, token, y if on_input else y * weight)
+        return output
+
+    def _expert(self, x: Tensor, expert: int, args: ExpertArgs, numerics: Numerics) -> Tensor:
+        """One expert on its tokens: (n, H) float32 to (n, H) float32."""
+        first = numerics.first(x, expert)
+        if args.gemm1_bias is not None:
+            first = first + args.gemm1_bias[expert].float()
+        hidden = activate(
+            first, args.activation_type, settings_of(args, expert), gate_first=self.gate_first
+        )
+        if self.on_intermediate is not None:
+            self.on_intermediate(hidden)
+        second = numerics.second(hidden, expert, gated=is_gated_type(args.activation_type))
+        if args.gemm2_bias is not None:
+            second = second + args.gemm2_bias[expert].float()
+        return second
+
+
+def to_local(
+    ids: GlobalExpertIds,
+    *,
+    local_expert_offset: int,
+    local_num_experts: int,
+    num_experts: int,
+    num_fused_shared_experts: int = 0,
+) -> LocalExpertIds:
+    """Global ids as this rank's, -1 where the slot is another rank's or skipped.
+
+    Fused shared experts (global ids from num_experts on) follow the routed ones of the rank.
+    """
+    moved = ids - local_expert_offset
+    mine = (moved >= 0) & (moved < local_num_experts)
+    local = torch.where(mine, moved, -1)
+    if num_fused_shared_experts:
+        shared = (ids >= num_experts) & (ids < num_experts + num_fused_shared_experts)
+        local = torch.where(shared, ids - num_experts + local_num_experts, local)
+    return LocalExpertIds(ids=local, num_local_experts=local_num_experts + num_fused_shared_experts)
+
+
+def slots_by_expert(local: LocalExpertIds) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, token indices, slot indices) of every local expert that has a slot, in order."""
+    flat = local.ids.flatten().long()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat + 1, minlength=local.num_local_experts + 1).tolist()
+    slots_per_token = local.ids.shape[1]
+    start = counts[0]  # the skipped slots (id -1) sort first
+    for expert, count in enumerate(counts[1:]):
+        if count:
+            mine = order[start : start + count]
+            yield expert, mine // slots_per_token, mine % slots_per_token
+        start += count
+
+
+def _routing(routing: FromLogits | Precomputed, top_k: int) -> Precomputed:
+    match routing:
+        case FromLogits():
+            return route(routing, top_k)
+        case Precomputed():
+            return routing
+        case _:
+            assert_never(routing)
+
+
+def _with_shared(
+    routing: Precomputed, asked: FromLogits | Precomputed, experts: ExpertArgs
+) -> Precomputed:
+    """A kernel that routes by itself adds the shared slots; precomputed ids hold them already."""
+    if isinstance(asked, Precomputed) or not experts.num_fused_shared_experts:
+        return routing
+    return append_shared(routing, experts.num_experts, experts.num_fused_shared_experts)
+
+
+def append_shared(routing: Precomputed, num_experts: int, count: int) -> Precomputed:
+    """Routing with slots E to E + count - 1 of weight 1 behind every token's own."""
+    ids, weights = routing.topk_ids, routing.topk_weights
+    shared = torch.arange(num_experts, num_experts + count, device=ids.device, dtype=ids.dtype)
+    return Precomputed(
+        topk_ids=GlobalExpertIds(torch.cat((ids, shared.expand(ids.shape[0], count)), dim=1)),
+        topk_weights=torch.cat((weights, weights.new_ones(weights.shape[0], count)), dim=1),
+    )

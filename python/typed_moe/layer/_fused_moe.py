@@ -1,0 +1,496 @@
+"""The experts of one mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, final
+
+import attrs
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from typed_moe.config import (
+    Activation,
+    Format,
+    Fp8PerTensor,
+    Nvfp4,
+    Placement,
+    Swiglu,
+    Unquantized,
+    is_gated,
+    weight_block,
+)
+from typed_moe.errors import CheckpointError
+from typed_moe.kernels import KernelRequest, MoeKernel, ReferenceKernel
+from typed_moe.layer._checkpoint_names import read_names
+from typed_moe.layer._loading import ExpertLoader
+from typed_moe.layer._parameters import (
+    ExpertSizes,
+    is_unloaded,
+    parameter_specs,
+    scale_name,
+    unloaded,
+)
+from typed_moe.models import CheckpointLayout
+from typed_moe.quantization import calibration_scale
+from typed_moe.routing import BiasRule, RoutingForm, RoutingShape, RoutingStrategy
+from typed_moe.runners import ExpertWeights, Plan, decide, make_runner
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@final
+class FusedMoE(nn.Module):
+    """The routed experts of one layer: y = sum over the chosen experts of weight * expert(x).
+
+    expert(x) = w2 @ activation(w13 @ x), with the gate's rows above the up projection's in w13.
+    The gate that makes the router logits and unfused shared experts stay the model's.
+
+    One forward pass: the strategy prepares the routing (or tells the kernel how), the runner
+    quantises the activations and builds the kernel's argument record, the kernel runs.
+    `plan` says what was decided, and why.
+
+    Parameters (L local experts, M = 2I if gated, else I):
+        w13_weight (L, M, H), w2_weight (L, H, I), and by format their scales:
+        `w13_weight_scale_inv` (Fp8BlockScale); `w13_weight_scale` (Fp8PerTensor, MxFp8, MxFp4);
+        `w13_weight_scale` and `w13_weight_scale_2` (Nvfp4); `w13_input_scale` (Fp8PerTensor,
+        Nvfp4). The same for `w2`. With `has_bias`: `w13_weight_bias`, `w2_weight_bias`.
+        Packed FP4 weights hold two values per byte.
+    Buffers:
+        e_score_correction_bias (E,), where the strategy reads one; None otherwise.
+
+    Args:
+        num_experts: routed experts of the whole layer, E.
+        top_k: experts per token, k.
+        hidden_size: width of the experts' input and output, H.
+        intermediate_size: width between an expert's two matrices, whole, I.
+        routing: how tokens choose experts. There is no default.
+        quant: format of weights and activations.
+        activation: between the two matrices.
+        num_fused_shared_experts: experts that every token goes to with weight 1, held behind
+            the routed ones; 0 if the model runs its shared experts itself.
+        has_bias: whether the experts have bias vectors.
+        placement: this rank's share under tensor and expert parallelism. Under either the
+            output is a partial sum, which the caller adds over the ranks.
+        kernel: the kernel to run; None chooses one for the device.
+        routing_form: who routes; None prefers the kernel.
+        strict: refuse a degraded plan, such as routing outside a kernel.
+        correction_bias_dtype: dtype of `e_score_correction_bias`, the checkpoint's.
+        prefix: the layer's name in the model, for messages.
+        device, dtype: torch's factory arguments; dtype is of activations and of unquantised
+            weights.
+
+    Raises:
+        TypeError: `routing` is no strategy, or dtype is no float32, bfloat16 or float16.
+        ValueError: numbers that do not fit together; the message has them.
+        UnsupportedRouting: no kernel serves the layer.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        routing: RoutingStrategy,
+        quant: Format = Unquantized(),  # noqa: B008 - frozen, without state
+        activation: Activation = Swiglu(),  # noqa: B008 - frozen, without state
+        num_fused_shared_experts: int = 0,
+        has_bias: bool = False,
+        placement: Placement = Placement(),  # noqa: B008 - frozen, without state
+        kernel: MoeKernel | None = None,
+        routing_form: RoutingForm | None = None,
+        strict: bool = False,
+        correction_bias_dtype: torch.dtype = torch.float32,
+        prefix: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_strategy(routing)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        _check_layer(dtype, hidden_size, intermediate_size, num_fused_shared_experts)
+        if num_fused_shared_experts and routing.apply_router_weight_on_input:
+            raise ValueError(
+                f"{routing.name} weights the experts' input and num_fused_shared_experts is "
+                f"{num_fused_shared_experts}; allowed: 0, because a shared expert's input has no "
+                "weight. Run the shared experts unfused"
+            )
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.prefix = prefix
+        self._kernel, self._form, self._strict = kernel, routing_form, strict
+        self._request = KernelRequest(
+            shape=RoutingShape(num_experts=num_experts, top_k=top_k),
+            quant=quant,
+            activation=activation,
+            placement=placement,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_fused_shared_experts=num_fused_shared_experts,
+            has_bias=has_bias,
+            device=device,
+            dtype=dtype,
+        )
+        self._strategy = routing
+        self._decide()
+        self._make_parameters(correction_bias_dtype)
+        self._validated = False
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided for this layer, and why. `print(experts.plan)` reads well."""
+        return self._decision.plan
+
+    @property
+    def routing(self) -> RoutingStrategy:
+        """The strategy that the model injected."""
+        return self._strategy
+
+    def _decide(self) -> None:
+        self._decision = decide(
+            self._request,
+            self._strategy,
+            kernel=self._kernel,
+            form=self._form,
+            strict=self._strict,
+        )
+        self._runner = make_runner(self._decision)
+
+    def _make_parameters(self, correction_bias_dtype: torch.dtype) -> None:
+        request = self._request
+        local = request.placement.num_local_experts(request.shape.num_experts)
+        width = request.placement.local_intermediate_size(request.intermediate_size)
+        _check_shards(request, width)
+        sizes = ExpertSizes(
+            experts=local + request.num_fused_shared_experts,
+            first_rows=2 * width if is_gated(request.activation) else width,
+            hidden_size=request.hidden_size,
+            intermediate_size=width,
+        )
+        specs = parameter_specs(
+            request.quant, sizes, dtype=request.dtype, has_bias=request.has_bias
+        )
+        for name, spec in specs.items():
+            tensor = unloaded(name, spec, request.device)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        bias = None
+        if self._strategy.bias is BiasRule.REQUIRED:
+            bias = torch.full(
+                (request.shape.num_experts,),
+                torch.nan,
+                dtype=correction_bias_dtype,
+                device=request.device,
+            )
+        self.register_buffer("e_score_correction_bias", bias)
+
+    @override
+    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+        """The routed experts' output.
+
+        Args:
+            hidden_states: (T, H) floating point; T may be 0.
+            router_logits: (T, E) floating point, as the model's gate gives them.
+
+        Returns:
+            (T, H) in the dtype of `hidden_states`. Under tensor or expert parallelism a partial
+            sum. A factor that the plan leaves to the host is not in it.
+
+        Raises:
+            ValueError: a tensor's shape or device is not the layer's, or a weight or bias was
+                never loaded (looked at before the first call).
+            TypeError: a dtype that the strategy or the layer refuses.
+        """
+        self._check_call(hidden_states, router_logits)
+        if not self._validated and not torch.compiler.is_compiling():
+            self.validate_weights()
+        if hidden_states.shape[0] == 0:
+            return torch.empty_like(hidden_states)
+        return self._runner(
+            hidden_states, router_logits, self.e_score_correction_bias, self._weights()
+        )
+
+    if TYPE_CHECKING:
+
+        @override
+        def __call__(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor: ...
+
+    def load_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        layout: CheckpointLayout = CheckpointLayout.SEPARATE,
+    ) -> set[str]:
+        """Load this rank's experts from a Hugging Face checkpoint's tensors.
+
+        Values in the layer's format are copied; others are converted: an FP8 checkpoint into a
+        bfloat16 layer, a bfloat16 one into any format.
+
+        Args:
+            weights: (name, tensor) below the experts' prefix, such as `0.gate_proj.weight` or
+                `gate_up_proj`, and `e_score_correction_bias` where the strategy reads one.
+                Fused shared experts are experts E, E + 1, ...
+            layout: how the checkpoint stores the experts; never guessed.
+
+        Returns:
+            The names that were read.
+
+        Raises:
+            CheckpointError: a name, shape or dtype does not fit, or an expert of this rank is
+                missing.
+        """
+        experts: list[tuple[str, Tensor]] = []
+        names: set[str] = set()
+        for name, tensor in weights:
+            if name == "e_score_correction_bias":
+                self._load_correction_bias(tensor)
+                names.add(name)
+            else:
+                experts.append((name, tensor))
+        if experts:
+            names |= self._load_experts(experts, layout)
+        self._validated = False
+        return names
+
+    def _load_experts(
+        self, weights: Iterable[tuple[str, Tensor]], layout: CheckpointLayout
+    ) -> set[str]:
+        request = self._request
+        total = request.shape.num_experts + request.num_fused_shared_experts
+        found = read_names(weights, layout, total)
+        loader = ExpertLoader(
+            quant=request.quant,
+            placement=request.placement,
+            hidden_size=request.hidden_size,
+            intermediate_size=request.intermediate_size,
+            gated=is_gated(request.activation),
+            has_bias=request.has_bias,
+        )
+        parameters = {name: parameter.data for name, parameter in self.named_parameters()}
+        wanted = self._local_experts()
+        missing = [expert for expert in wanted if expert not in found.experts]
+        if missing:
+            raise CheckpointError(
+                f"{self._label()}: experts {_ranges(missing)} are missing; the checkpoint has "
+                f"{_ranges(sorted(found.experts)) or 'none'}"
+            )
+        for row, expert in enumerate(wanted):
+            loader.load(parameters, row, expert, found.experts[expert])
+        return set(found.names)
+
+    def _local_experts(self) -> list[int]:
+        """Global ids of this rank's experts, fused shared ones last."""
+        request = self._request
+        total = request.shape.num_experts
+        first = request.placement.local_expert_offset(total)
+        local = request.placement.num_local_experts(total)
+        shared = range(total, total + request.num_fused_shared_experts)
+        return [*range(first, first + local), *shared]
+
+    def _load_correction_bias(self, tensor: Tensor) -> None:
+        target = self.e_score_correction_bias
+        if target is None:
+            raise CheckpointError(
+                f"{self._label()}: the checkpoint has an e_score_correction_bias and "
+                f"{self._strategy.name} reads none; is routing= the model's?"
+            )
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{self._label()}: e_score_correction_bias has shape {tuple(tensor.shape)}; "
+                f"allowed: {tuple(target.shape)}"
+            )
+        if torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
+            raise CheckpointError(
+                f"{self._label()}: e_score_correction_bias is {tensor.dtype} and the buffer "
+                f"{target.dtype}, which would round it; make the layer with "
+                f"correction_bias_dtype={tensor.dtype}"
+            )
+        target.copy_(tensor)
+
+    def validate_weights(self) -> None:
+        """Refuse weights, scales or a correction bias that are NaN, infinite or never loaded.
+
+        Called before the first forward pass, since it synchronises with the device; also
+        callable after loading.
+
+        Raises:
+            ValueError: names the layer and the tensors.
+        """
+        tensors = [(name, parameter.data) for name, parameter in self.named_parameters()]
+        if self.e_score_correction_bias is not None:
+            tensors.append(("e_score_correction_bias", self.e_score_correction_bias))
+        broken = [name for name, tensor in tensors if is_unloaded(name, tensor)]
+        if broken:
+            hint = ""
+            if any(name.endswith("input_scale") for name in broken):
+                hint = "; a static input_scale comes from the checkpoint or from calibrate()"
+            raise ValueError(
+                f"{self._label()}: {', '.join(broken)} hold NaN or infinite values or were never "
+                f"loaded; load them with load_weights{hint}"
+            )
+        self._validated = True
+
+    @torch.no_grad()
+    def calibrate(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        """Set the static activation scales from the ranges that these tokens show.
+
+        For `Fp8PerTensor` and `Nvfp4`; the other formats have none and nothing happens. The
+        weights have to be loaded. Each scale is the largest magnitude seen over the largest
+        value of the format.
+
+        Args:
+            hidden_states: (T, H), T of 1 or more, like the ones that will come.
+            router_logits: (T, E).
+
+        Raises:
+            ValueError: there are no tokens, or a shape is not the layer's.
+        """
+        quant = self._request.quant
+        if not isinstance(quant, Fp8PerTensor | Nvfp4):
+            return
+        self._check_call(hidden_states, router_logits)
+        if hidden_states.shape[0] == 0:
+            raise ValueError(f"{self._label()}: calibrate was given no tokens; allowed: 1 or more")
+        seen: list[Tensor] = []
+        observer = ReferenceKernel(on_intermediate=lambda hidden: seen.append(hidden.abs().max()))
+        decision = decide(self._request, self._strategy, kernel=observer, form=self._form)
+        weights = self._weights()
+        assert weights.w13_input_scale is not None, "the format has static scales"
+        assert weights.w2_input_scale is not None, "the format has static scales"
+        amax = hidden_states.abs().max().float()
+        weights.w13_input_scale.data.copy_(calibration_scale(amax, quant))
+        weights.w2_input_scale.data.fill_(1.0)
+        make_runner(decision)(hidden_states, router_logits, self.e_score_correction_bias, weights)
+        widest = torch.stack(seen).max() if seen else torch.zeros(())
+        weights.w2_input_scale.data.copy_(calibration_scale(widest, quant))
+        self._validated = False
+
+    @override
+    def extra_repr(self) -> str:
+        """The layer in one line."""
+        request = self._request
+        return (
+            f"num_experts={request.shape.num_experts}, top_k={request.shape.top_k}, "
+            f"routing={self._strategy!r}, quant={request.quant!r}, kernel={self.plan.kernel}"
+        )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMoE:
+        """Move the tensors as asked, and plan again for where they are.
+
+        `.to(dtype)`, `.half()` and the like change unquantised weights alone: a quantised value
+        is no number without its scale, and a correction bias keeps its stored dtype because
+        rounding it changes which experts are chosen (sglang#37133).
+        """
+        request = self._request
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            castable = isinstance(request.quant, Unquantized) and tensor.dim() == 3
+            if moved.dtype == tensor.dtype or castable:
+                return moved
+            return tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        probe = fn(torch.empty(0, dtype=request.dtype, device=request.device))
+        self._request = attrs.evolve(request, device=probe.device, dtype=probe.dtype)
+        self._validated = False
+        self._decide()
+        return self
+
+    def _weights(self) -> ExpertWeights:
+        def tensor(name: str) -> Tensor | None:
+            return self._parameters.get(name)
+
+        quant = self._request.quant
+        w13_scale, w2_scale = scale_name("w13", quant), scale_name("w2", quant)
+        return ExpertWeights(
+            w13_weight=self.get_parameter("w13_weight"),
+            w2_weight=self.get_parameter("w2_weight"),
+            w13_scale=None if w13_scale is None else tensor(w13_scale),
+            w2_scale=None if w2_scale is None else tensor(w2_scale),
+            w13_scale_2=tensor("w13_weight_scale_2"),
+            w2_scale_2=tensor("w2_weight_scale_2"),
+            w13_input_scale=tensor("w13_input_scale"),
+            w2_input_scale=tensor("w2_input_scale"),
+            w13_bias=tensor("w13_weight_bias"),
+            w2_bias=tensor("w2_weight_bias"),
+        )
+
+    def _check_call(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        """Refuse tensors that are not the layer's; metadata only."""
+        width = self._request.hidden_size
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
+            raise ValueError(
+                f"{self._label()}: hidden_states has shape {tuple(hidden_states.shape)}; allowed: "
+                f"(num_tokens, hidden_size) = (T, {width})"
+            )
+        if hidden_states.dtype not in _DTYPES:
+            raise TypeError(
+                f"{self._label()}: hidden_states is {hidden_states.dtype}; allowed: float32, "
+                "bfloat16, float16"
+            )
+        if router_logits.dim() != 2 or router_logits.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"{self._label()}: router_logits has shape {tuple(router_logits.shape)} for "
+                f"{hidden_states.shape[0]} tokens; allowed: one row per token, "
+                f"({hidden_states.shape[0]}, {self._request.shape.num_experts})"
+            )
+        devices = {hidden_states.device, router_logits.device, self._request.device}
+        if len(devices) > 1:
+            raise ValueError(
+                f"{self._label()}: hidden_states is on {hidden_states.device}, router_logits on "
+                f"{router_logits.device}, the weights on {self._request.device}; move them to one"
+            )
+
+    def _label(self) -> str:
+        return f"FusedMoE {self.prefix}" if self.prefix else "FusedMoE"
+
+
+def _check_strategy(routing: RoutingStrategy) -> None:
+    """Refuse what is no strategy, for callers whom no type checker warned."""
+    members = ("name", "select_experts", "bias", "scale", "check", "in_kernel")
+    missing = [member for member in members if not hasattr(routing, member)]
+    if missing or isinstance(routing, type):
+        got = f"the class {routing.__name__}" if isinstance(routing, type) else repr(routing)
+        raise TypeError(
+            f"routing is {got}; allowed: a RoutingStrategy object such as RenormalizeNaive(), or "
+            "one of a class that inherits from RoutingStrategy. A routing method's number is "
+            "never taken: the same number means different methods in different libraries"
+        )
+
+
+def _check_layer(dtype: torch.dtype, hidden: int, intermediate: int, shared: int) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16, torch.float16")
+    for name, value, least in (
+        ("hidden_size", hidden, 1),
+        ("intermediate_size", intermediate, 1),
+        ("num_fused_shared_experts", shared, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; allowed: {least} or more")
+
+
+def _check_shards(request: KernelRequest, width: int) -> None:
+    """Refuse a tensor-parallel slice that cuts through a block of the format."""
+    block = max(weight_block(request.quant))
+    if request.placement.tp_size > 1 and width % block:
+        raise ValueError(
+            f"intermediate_size / tp_size is {width}, not a multiple of {block}, the block of "
+            f"{request.quant.name}; choose a smaller tp_size, or expert parallelism"
+        )
+
+
+def _ranges(ids: list[int]) -> str:
+    """`0-3, 7` for [0, 1, 2, 3, 7]."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,39 @@
+"""What a tensor becomes in a quantisation format: the stored values and their scales."""
+
+from __future__ import annotations
+
+from typing import final
+
+import attrs
+from torch import Tensor
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False, init=False)
+class Quantized:
+    """Stored values with the scales that give them their size.
+
+    Attributes:
+        data: the stored values. float8_e4m3fn (..., K) for the FP8 formats; uint8 (..., K/2)
+            for the FP4 formats, two E2M1 codes a byte, the even index in the low nibble;
+            bfloat16 (..., K) for `Bf16`; as given for `Unquantized`.
+        scale: what multiplies `data`, one per group of values, or None where the format has
+            none. float32 for `Fp8PerTensor` and `Fp8BlockScale`, uint8 (E8M0 exponent bytes)
+            for `MxFp8` and `MxFp4`, float8_e4m3fn for `Nvfp4`. docs/formats.md has the shapes.
+        global_scale: float32, only for `Nvfp4`: the second level of scale. One per expert
+            matrix for weights, one for an activation.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    global_scale: Tensor | None = None
+
+    # Written out because torch.compile (2.13) cannot trace the one that attrs makes for a frozen
+    # class: it binds `object.__setattr__` by `__get__` ("Unsupported method call", gb0156), and
+    # an activation is quantised inside the compiled graph.
+    def __init__(
+        self, *, data: Tensor, scale: Tensor | None, global_scale: Tensor | None = None
+    ) -> None:
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "global_scale", global_scale)

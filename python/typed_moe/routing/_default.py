@@ -1,0 +1,82 @@
+"""Softmax over all experts, then the k best, not renormalised."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.routing._limits import plain_in_kernel
+from typed_moe.routing._ops import check_inputs, float_logits, routed, top_k_ids
+from typed_moe.routing._records import (
+    BiasRule,
+    InKernel,
+    KernelRules,
+    Refused,
+    Routed,
+    RoutingForm,
+    RoutingShape,
+    Scale,
+    ScaleOwner,
+)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Default:
+    """Softmax over all experts, top-k, weights as they are.
+
+    p = softmax(logits); ids = top_k(p); weights = p[ids], whose sum is below 1.
+
+    Models: OLMoE, Qwen1.5-MoE, Qwen2-MoE and other softmax models with
+    `norm_topk_prob = false`; DeepSeek-V1 and V2-Lite (greedy, scale 1); Jamba.
+    Source: FlashInfer `RoutingMethodType.Default`; Qwen2Moe in transformers.
+
+    Selection is on the logits: softmax keeps their order, and float32 rounding of p would
+    make ties where there are none.
+    """
+
+    name: ClassVar[Literal["Default"]] = "Default"
+
+    @property
+    def bias(self) -> BiasRule:
+        """No correction bias."""
+        return BiasRule.NONE
+
+    @property
+    def router_logits_dtype(self) -> torch.dtype | None:
+        """Any dtype: the published models run this gate in the weights' dtype."""
+        return None
+
+    @property
+    def apply_router_weight_on_input(self) -> bool:
+        """The weight multiplies the expert's output."""
+        return False
+
+    def scale(self, form: RoutingForm) -> Scale:
+        """No factor of its own."""
+        del form
+        return Scale(factor=1.0, owner=ScaleOwner.HOST)
+
+    def check(self, shape: RoutingShape) -> None:
+        """Every layer is fine."""
+        del shape
+
+    def in_kernel(self, shape: RoutingShape, rules: KernelRules) -> InKernel | Refused:
+        """Routed by the kernel where it was compiled for this size."""
+        return plain_in_kernel(self.name, shape, rules)
+
+    def select_experts(
+        self,
+        router_logits: Tensor,
+        e_score_correction_bias: Tensor | None = None,
+        *,
+        shape: RoutingShape,
+    ) -> Routed:
+        """softmax over E, then the k best. See `RoutingStrategy.select_experts`."""
+        check_inputs(self.name, router_logits, e_score_correction_bias, shape=shape, bias=self.bias)
+        logits, usable = float_logits(router_logits)
+        ids = top_k_ids(logits, shape.top_k)
+        return routed(ids, torch.softmax(logits, dim=-1).gather(-1, ids), usable)

@@ -1,0 +1,235 @@
+"""The records that a strategy takes and gives.
+
+Shapes in this room: T tokens, E routed experts of the whole layer, k = top_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import NewType, final
+
+import attrs
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+GlobalExpertIds = NewType("GlobalExpertIds", Tensor)
+"""Expert ids of the whole layer, 0 to E - 1; -1 marks a slot to skip. int32, any shape."""
+
+
+def _global_ids(ids: Tensor) -> GlobalExpertIds:
+    """A strategy counts over all experts, so a plain tensor that it returns holds global ids."""
+    return GlobalExpertIds(ids)
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class LocalExpertIds:
+    """Expert ids of one rank, 0 to num_local_experts - 1; -1 marks a slot of another rank.
+
+    Not a tensor: code that wants global ids cannot take these by mistake, and code that
+    wants the numbers says `.ids`.
+    """
+
+    ids: Tensor
+    num_local_experts: int
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Routed:
+    """Which experts each token goes to, and with which weight.
+
+    Attributes:
+        topk_ids: (T, k) int32, global expert ids, distinct within a row; -1 marks a slot
+            that is skipped.
+        topk_weights: (T, k) float32, one weight per id, everything applied that the strategy
+            owns (normalisation, scale).
+
+    Raises:
+        ValueError: the two are not 2-D of one shape, or the ids are not integers.
+    """
+
+    topk_ids: GlobalExpertIds = attrs.field(converter=_global_ids)
+    topk_weights: Tensor
+
+    def __attrs_post_init__(self) -> None:
+        ids, weights = self.topk_ids, self.topk_weights
+        if ids.dim() != 2 or ids.shape != weights.shape:
+            raise ValueError(
+                f"topk_ids has shape {tuple(ids.shape)} and topk_weights {tuple(weights.shape)}; "
+                "allowed: two tensors of one shape (num_tokens, top_k)"
+            )
+        if ids.is_floating_point() or not weights.is_floating_point():
+            raise ValueError(
+                f"topk_ids is {ids.dtype} and topk_weights {weights.dtype}; allowed: integer ids "
+                "and floating-point weights. Are the two swapped?"
+            )
+
+
+@final
+@attrs.frozen(kw_only=True)
+class RoutingShape:
+    """What the layer tells a strategy: how many routed experts there are, how many are chosen.
+
+    Raises:
+        ValueError: num_experts is below 1, or top_k is not in [1, num_experts].
+    """
+
+    num_experts: int
+    top_k: int
+
+    def __attrs_post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ValueError(f"num_experts is {self.num_experts}; allowed: 1 or more")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(
+                f"top_k is {self.top_k}; allowed: 1 to num_experts = {self.num_experts}"
+            )
+
+
+class BiasRule(Enum):
+    """What a strategy does with `e_score_correction_bias`."""
+
+    NONE = "none"
+    """The maths has no bias; being given one is an error."""
+    REQUIRED = "required"
+    """The maths adds one before selection; a model without one passes zeros, knowingly."""
+
+
+class RoutingForm(Enum):
+    """Who routes: the kernel from logits, or the strategy before the kernel is called."""
+
+    IN_KERNEL = "in-kernel"
+    PRECOMPUTED = "precomputed"
+
+
+class ScaleOwner(Enum):
+    """Who multiplies by `routed_scaling_factor`. Exactly one of them does."""
+
+    STRATEGY = "strategy"
+    """It is in `topk_weights`."""
+    KERNEL = "kernel"
+    """The kernel is told the factor and applies it."""
+    HOST = "host"
+    """The strategy has no factor; if the model has one, the model multiplies the output."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Scale:
+    """A factor on the routed experts' output and who applies it."""
+
+    factor: float
+    owner: ScaleOwner
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Tier:
+    """One range of sizes that a routing kernel serves: E in [min, max] with k <= max_top_k."""
+
+    max_experts: int
+    max_top_k: int
+    min_experts: int = 1
+
+    def holds(self, shape: RoutingShape) -> bool:
+        """Whether the kernel serves this layer in this range."""
+        experts = shape.num_experts
+        return self.min_experts <= experts <= self.max_experts and shape.top_k <= self.max_top_k
+
+    @override
+    def __str__(self) -> str:
+        least = f"{self.min_experts} to " if self.min_experts > 1 else "up to "
+        return f"{least}{self.max_experts} experts with top_k up to {self.max_top_k}"
+
+
+@final
+@attrs.frozen(kw_only=True)
+class GroupLimits:
+    """What a kernel's grouped routing takes.
+
+    `top_k_below_kept`: top_k has to be below the number of experts in the kept groups, where
+    the maths allows as many.
+    """
+
+    max_groups: int
+    max_experts_per_group: int
+    max_topk_group: int
+    top_k_below_kept: bool = False
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MethodRules:
+    """What a kernel does with one routing method, from logits.
+
+    Attributes:
+        tiers: the compiled sizes; a shape is served if one of them holds it.
+        logits_dtypes: the dtypes it reads, the preferred one first.
+        bias_dtypes: the dtypes it reads for the correction bias; empty if it reads none.
+        grouped_tiers: the compiled sizes with num_expert_group > 1; empty if it has no groups.
+        groups: the limits of grouped routing, where there is one.
+        grouped_bias_dtype: what the grouped kernel rounds the bias to before it adds it.
+    """
+
+    tiers: tuple[Tier, ...]
+    logits_dtypes: tuple[torch.dtype, ...]
+    bias_dtypes: tuple[torch.dtype, ...] = ()
+    grouped_tiers: tuple[Tier, ...] = ()
+    groups: GroupLimits | None = None
+    grouped_bias_dtype: torch.dtype | None = None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class KernelRules:
+    """Facts about one kernel entry point, from which a strategy decides how it is called.
+
+    Attributes:
+        kernel: the entry point's name, for messages.
+        methods: the routing methods it computes from logits, by name; empty: none.
+        weight_on_input: from logits, it can apply the weight to the expert's input.
+        source: where the facts are from.
+    """
+
+    kernel: str
+    methods: Mapping[str, MethodRules]
+    weight_on_input: bool
+    source: str
+
+
+@final
+@attrs.frozen(kw_only=True)
+class InKernel:
+    """The routing arguments of a kernel that routes by itself, in the kernel's own names.
+
+    Attributes:
+        routing_method_type: the method by name; the number is looked up in the installed
+            library by the one file that calls it.
+        n_group, topk_group: the one form that every entry point takes: counts of 1 or more
+            for a method that knows groups, None for one that does not.
+        routed_scaling_factor: the factor that the kernel applies, None where it applies none.
+        norm_topk_prob: whether the weights are divided by their sum (read by SigmoidRenorm only).
+        use_routing_scales_on_input: the weight goes on the expert's input.
+        logits_dtypes: what the logits may be, the preferred dtype first.
+        bias_dtype: what the stored bias is cast to; None: passed as stored.
+    """
+
+    routing_method_type: str
+    n_group: int | None
+    topk_group: int | None
+    routed_scaling_factor: float | None
+    norm_topk_prob: bool
+    use_routing_scales_on_input: bool
+    logits_dtypes: tuple[torch.dtype, ...]
+    bias_dtype: torch.dtype | None = None
+
+
+@final
+@attrs.frozen
+class Refused:
+    """A kernel does not take this strategy from logits, and why (a sentence)."""
+
+    reason: str = attrs.field(validator=attrs.validators.min_len(1))

@@ -1,0 +1,52 @@
+"""Room 5: a strategy and quantised weights become one argument record and one kernel call."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from typed_moe.config import (
+    Bf16,
+    Fp8BlockScale,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    Nvfp4,
+    Unquantized,
+)
+from typed_moe.runners._base import ExpertWeights, MoeRunner, expert_args
+from typed_moe.runners._bf16 import Bf16Runner
+from typed_moe.runners._fp4 import Fp4Runner
+from typed_moe.runners._fp8_block import Fp8BlockRunner
+from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
+from typed_moe.runners._plan import Candidate, Plan
+from typed_moe.runners._planning import Decision, decide
+
+__all__ = [
+    "Bf16Runner",
+    "Candidate",
+    "Decision",
+    "ExpertWeights",
+    "Fp4Runner",
+    "Fp8BlockRunner",
+    "Fp8PerTensorRunner",
+    "MoeRunner",
+    "Plan",
+    "decide",
+    "make_runner",
+]
+
+
+def make_runner(decision: Decision) -> MoeRunner:
+    """The runner of the plan's format."""
+    experts = expert_args(decision)
+    match decision.plan.request.quant:
+        case Unquantized() | Bf16():
+            return Bf16Runner(decision=decision, experts=experts)
+        case Fp8PerTensor():
+            return Fp8PerTensorRunner(decision=decision, experts=experts)
+        case Fp8BlockScale() | MxFp8():
+            return Fp8BlockRunner(decision=decision, experts=experts)
+        case Nvfp4() | MxFp4():
+            return Fp4Runner(decision=decision, experts=experts)
+        case quant:
+            assert_never(quant)

@@ -1,0 +1,218 @@
+"""What every runner shares: its settings, its weights, and the routing half of a call."""
+
+from __future__ import annotations
+
+from typing import Protocol, assert_never, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.config import (
+    Activation,
+    Geglu,
+    Gelu,
+    Relu2,
+    Silu,
+    Swiglu,
+    SwigluStep,
+)
+from typed_moe.kernels import (
+    ActivationType,
+    ExpertArgs,
+    FromLogits,
+    MoeArgs,
+    Precomputed,
+    Routing,
+    append_shared,
+)
+from typed_moe.routing import GlobalExpertIds, Routed, check_inputs
+from typed_moe.runners._planning import Decision
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class ExpertWeights:
+    """A layer's tensors as a runner takes them; shapes as in `typed_moe.kernels.args`.
+
+    Attributes:
+        w13_weight, w2_weight: the stored values.
+        w13_scale, w2_scale: per-group or per-matrix scales, None where the format has none.
+        w13_scale_2, w2_scale_2: NVFP4's second level, (L,) float32.
+        w13_input_scale, w2_input_scale: static activation scales, () float32.
+        w13_bias, w2_bias: (L, M) and (L, H) float32, or None.
+    """
+
+    w13_weight: Tensor
+    w2_weight: Tensor
+    w13_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w13_scale_2: Tensor | None = None
+    w2_scale_2: Tensor | None = None
+    w13_input_scale: Tensor | None = None
+    w2_input_scale: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+
+
+class MoeRunner(Protocol):
+    """**Protocol:** strategy + quantised weights -> one argument record, one kernel call."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        e_score_correction_bias: Tensor | None,
+        weights: ExpertWeights,
+    ) -> Tensor:
+        """(T, H) in the dtype of `hidden_states`; a partial sum if the rank is one of several."""
+        ...
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class CallInputs:
+    """A call's tensors after the routing half.
+
+    Attributes:
+        routing: what the record's `routing` field gets.
+        hidden_states: (T * copies, H), with the weight applied where it goes on the input.
+        copies: rows per token; above 1 only for weights on the input with top_k > 1.
+    """
+
+    routing: Routing
+    hidden_states: Tensor
+    copies: int
+
+
+def route(
+    decision: Decision,
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    e_score_correction_bias: Tensor | None,
+) -> CallInputs:
+    """The routing half of a call, in the form that the plan decided."""
+    plan = decision.plan
+    check_inputs(
+        plan.strategy.name,
+        router_logits,
+        e_score_correction_bias,
+        shape=plan.request.shape,
+        bias=plan.strategy.bias,
+        minimum=plan.strategy.router_logits_dtype,
+    )
+    told = plan.in_kernel
+    if told is not None:
+        logits, bias = router_logits, e_score_correction_bias
+        if logits.dtype not in told.logits_dtypes:
+            logits = logits.to(told.logits_dtypes[0])
+        if bias is not None and told.bias_dtype is not None:
+            bias = bias.to(told.bias_dtype)
+        routing = FromLogits(
+            routing_logits=logits,
+            routing_bias=bias,
+            n_group=told.n_group,
+            topk_group=told.topk_group,
+            routed_scaling_factor=told.routed_scaling_factor,
+            routing_method_type=told.routing_method_type,
+            norm_topk_prob=told.norm_topk_prob,
+            use_routing_scales_on_input=told.use_routing_scales_on_input,
+        )
+        return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)
+    routed = plan.strategy.select_experts(
+        router_logits, e_score_correction_bias, shape=plan.request.shape
+    )
+    return _precomputed(decision, routed, hidden_states)
+
+
+def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> CallInputs:
+    """Final ids and weights; a weight that belongs on the input is applied to it here."""
+    request = decision.plan.request
+    copies = 1
+    ids, weights = routed.topk_ids, routed.topk_weights
+    if decision.plan.weight_on_input:
+        copies = ids.shape[1]
+        hidden_states = hidden_states.repeat_interleave(copies, dim=0)
+        hidden_states = (hidden_states * weights.reshape(-1, 1)).to(hidden_states.dtype)
+        ids = GlobalExpertIds(ids.reshape(-1, 1))
+        weights = torch.ones_like(weights).reshape(-1, 1)
+    routing = Precomputed(topk_ids=ids, topk_weights=weights)
+    if request.num_fused_shared_experts:
+        routing = append_shared(
+            routing, request.shape.num_experts, request.num_fused_shared_experts
+        )
+    return CallInputs(routing=routing, hidden_states=hidden_states, copies=copies)
+
+
+def run(decision: Decision, args: MoeArgs, inputs: CallInputs, dtype: torch.dtype) -> Tensor:
+    """The kernel's call, with the rows of one token added up and cast to the caller's dtype."""
+    output = decision.kernel(args)
+    if inputs.copies > 1:
+        output = output.reshape(-1, inputs.copies, output.shape[1]).sum(dim=1)
+    return output.to(dtype)
+
+
+def expert_args(decision: Decision) -> ExpertArgs:
+    """What no call changes, on the layer's device; the biases are a call's tensors."""
+    request = decision.plan.request
+    shape, place = request.shape, request.placement
+    local = place.num_local_experts(shape.num_experts)
+    name, alpha, beta, limit = _activation(request.activation)
+
+    def vector(value: float | None) -> Tensor | None:
+        if value is None:
+            return None
+        count = local + request.num_fused_shared_experts
+        return torch.full((count,), value, dtype=torch.float32, device=request.device)
+
+    return ExpertArgs(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        intermediate_size=place.local_intermediate_size(request.intermediate_size),
+        local_expert_offset=place.local_expert_offset(shape.num_experts),
+        local_num_experts=local,
+        activation_type=name,
+        num_fused_shared_experts=request.num_fused_shared_experts,
+        gemm1_alpha=vector(alpha),
+        gemm1_beta=vector(beta),
+        gemm1_clamp_limit=vector(limit),
+    )
+
+
+def with_biases(experts: ExpertArgs, weights: ExpertWeights) -> ExpertArgs:
+    """The constant arguments with the layer's bias tensors, where it has any."""
+    if weights.w13_bias is None and weights.w2_bias is None:
+        return experts
+    return attrs.evolve(experts, gemm1_bias=weights.w13_bias, gemm2_bias=weights.w2_bias)
+
+
+def _activation(
+    activation: Activation,
+) -> tuple[ActivationType, float | None, float | None, float | None]:
+    """Name, alpha, beta, limit; None where the plain form is meant."""
+    match activation:
+        case Swiglu(alpha=alpha, beta=beta, limit=limit):
+            return (
+                "Swiglu",
+                None if alpha == 1.0 else alpha,
+                None if beta == 0.0 else beta,
+                limit,
+            )
+        case SwigluStep(limit=limit):
+            return "SwigluStep", None, None, limit
+        case Geglu(approximate=approximate):
+            return ("GegluTanh" if approximate == "tanh" else "Geglu"), None, None, None
+        case Relu2():
+            return "Relu2", None, None, None
+        case Silu():
+            return "Silu", None, None, None
+        case Gelu(approximate=approximate):
+            return ("GeluTanh" if approximate == "tanh" else "Gelu"), None, None, None
+        case _:
+            assert_never(activation)
+
+
+def present(tensor: Tensor | None, name: str) -> Tensor:
+    """A tensor that the layer's format has. Not having it is our own fault."""
+    assert tensor is not None, f"the format stores {name}"
+    return tensor

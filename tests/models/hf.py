@@ -1,0 +1,24 @@
+"""transformers config objects, without a static import: its sources are not ours to type-check."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+
+from typed_moe.models import HasToDict
+
+
+def hf_config(model_type: str, **settings: object) -> HasToDict:
+    """The installed transformers' config class for `model_type`, with `settings` over its defaults."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        auto = importlib.import_module("transformers").AutoConfig
+        config: HasToDict = auto.for_model(model_type, **settings)
+    return config
+
+
+def from_json(raw: Mapping[str, object]) -> HasToDict:
+    """What transformers makes of a checkpoint's config.json."""
+    settings = {name: value for name, value in raw.items() if name not in ("model_type", "_source")}
+    return hf_config(str(raw["model_type"]), **settings)
