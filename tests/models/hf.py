@@ -5,15 +5,23 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
+from types import ModuleType
 
 from typed_moe.models import HasToDict
+
+
+def quiet_import(name: str) -> ModuleType:
+    """A module, whatever it and what it imports warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
 
 
 def hf_config(model_type: str, **settings: object) -> HasToDict:
     """The installed transformers' config class for `model_type`, with `settings` over its defaults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        auto = importlib.import_module("transformers").AutoConfig
+        auto = quiet_import("transformers").AutoConfig
         config: HasToDict = auto.for_model(model_type, **settings)
     return config
 

@@ -92,6 +92,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tensor_names(name: str) -> None:
+    """Layout and tensor names are those of the published checkpoint."""
     spec = moe_spec(load_config(name))
     names = (spec.experts_prefix, spec.gate_name, spec.gate_bias_name, spec.correction_bias_name)
     assert (spec.layout, *names) == NAMES[name]
@@ -110,6 +111,7 @@ def test_tensor_names(name: str) -> None:
     ],
 )
 def test_router_weight_fp32(name: str, expected: bool) -> None:
+    """Whose gate runs in float32 whatever the weights' dtype is."""
     assert moe_spec(load_config(name)).router_weight_fp32 is expected
 
 
@@ -122,9 +124,11 @@ def test_router_weight_fp32(name: str, expected: bool) -> None:
     ],
 )
 def test_shared_expert_combination(name: str, expected: SharedCombination) -> None:
+    """How the shared experts' output meets the routed one."""
     assert moe_spec(load_config(name)).shared_expert_combination is expected
 
 
 def test_only_gpt_oss_has_expert_biases() -> None:
+    """No other family has biases in its experts."""
     assert moe_spec(load_config("gpt-oss-20b")).has_bias
     assert not moe_spec(load_config("mixtral-8x7b")).has_bias

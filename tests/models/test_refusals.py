@@ -42,14 +42,18 @@ UNSUPPORTED: list[tuple[str, dict[str, object], str]] = [
     (
         "deepseek-v2",
         {"norm_topk_prob": True},
-        "norm_topk_prob is True in a deepseek_v2 config; allowed: False, or no such field "
-        "(transformers ignores it, the published code renormalises",
+        (
+            "norm_topk_prob is True in a deepseek_v2 config; allowed: False, or no such field "
+            "(transformers ignores it, the published code renormalises"
+        ),
     ),
     (
         "deepseek-v2",
         {"topk_method": "noaux_tc"},
-        "topk_method is 'noaux_tc' in a deepseek_v2 config; allowed: 'greedy' or "
-        "'group_limited_greedy'",
+        (
+            "topk_method is 'noaux_tc' in a deepseek_v2 config; allowed: 'greedy' or "
+            "'group_limited_greedy'"
+        ),
     ),
     (
         "deepseek-v2",
@@ -64,8 +68,10 @@ UNSUPPORTED: list[tuple[str, dict[str, object], str]] = [
     (
         "deepseek-moe-16b",
         {"routed_scaling_factor": 2.5},
-        "routed_scaling_factor is 2.5 in a deepseek config; allowed: 1.0, or no such field (no "
-        "deepseek router reads that field, so it contradicts the model)",
+        (
+            "routed_scaling_factor is 2.5 in a deepseek config; allowed: 1.0, or no such field (no "
+            "deepseek router reads that field, so it contradicts the model)"
+        ),
     ),
     (
         "mixtral-8x7b",
@@ -91,8 +97,10 @@ UNSUPPORTED: list[tuple[str, dict[str, object], str]] = [
     (
         "north-mini-code-1.0",
         {"expert_selection_fn": "softmax"},  # with its norm_topk_prob = False
-        "norm_topk_prob is False in a cohere2_moe config; allowed: True, or no such field (a "
-        "softmax over the chosen experts always sums to 1)",
+        (
+            "norm_topk_prob is False in a cohere2_moe config; allowed: True, or no such field (a "
+            "softmax over the chosen experts always sums to 1)"
+        ),
     ),
     (
         "minimax-m2",
@@ -129,6 +137,7 @@ UNSUPPORTED: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.parametrize(("name", "settings", "message"), UNSUPPORTED)
 def test_unsupported_routing(name: str, settings: Mapping[str, object], message: str) -> None:
+    """A routing field we cannot honour is refused by name, value and remedy."""
     config = changed(name, **settings)
     with pytest.raises(UnsupportedRouting, match=re.escape(message)) as caught:
         strategy_for(config)
@@ -147,12 +156,14 @@ def test_unsupported_routing(name: str, settings: Mapping[str, object], message:
     ],
 )
 def test_deepseek_v4_settings(settings: Mapping[str, object], message: str) -> None:
+    """On a top-k layer, where the hash layers are not in the way."""
     with pytest.raises(UnsupportedRouting, match=message):
         strategy_for(changed("deepseek-v4-flash", **settings), 3)
 
 
 @pytest.mark.parametrize("layer_id", [0, 1, 2])
 def test_deepseek_v4_hash_layer_by_the_published_field(layer_id: int) -> None:
+    """The published json counts the hash layers."""
     message = (
         f"layer {layer_id} of this deepseek_v4 config takes its experts from a table of token ids "
         "(num_hash_layers = 3), which no strategy computes from logits; allowed: the layers with a "
@@ -165,6 +176,7 @@ def test_deepseek_v4_hash_layer_by_the_published_field(layer_id: int) -> None:
 
 
 def test_deepseek_v4_hash_layer_by_transformers_field() -> None:
+    """transformers 5 lists the layers' types."""
     config = hf_config("deepseek_v4")
     with pytest.raises(UnsupportedRouting, match="mlp_layer_types = 'hash_moe'"):
         strategy_for(config, 2)
@@ -174,12 +186,14 @@ def test_deepseek_v4_hash_layer_by_transformers_field() -> None:
 
 
 def test_llama4_with_more_than_one_expert_per_token() -> None:
+    """F15: the weight is on the input, so two experts do not sum alike."""
     config = hf_config("llama4_text", num_experts_per_tok=2)
-    with pytest.raises(UnsupportedRouting, match="num_experts_per_tok is 2 .* allowed: 1,"):
+    with pytest.raises(UnsupportedRouting, match=r"num_experts_per_tok is 2 .* allowed: 1,"):
         strategy_for(config)
 
 
 def test_unknown_model_type_with_experts_lists_the_known_ones() -> None:
+    """Nothing is guessed from another family's flags."""
     message = (
         "model_type is 'granitemoe', a mixture-of-experts model .* allowed: cohere2_moe, .*step3p5"
     )
@@ -189,6 +203,7 @@ def test_unknown_model_type_with_experts_lists_the_known_ones() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral3"])
 def test_dense_config(model_type: str) -> None:
+    """A dense model is not an MoE model."""
     for call in (strategy_for, moe_spec, moe_layer_ids):
         with pytest.raises(ValueError, match="is not a mixture-of-experts config") as caught:
             call(hf_config(model_type))
@@ -196,7 +211,8 @@ def test_dense_config(model_type: str) -> None:
 
 
 def test_no_experts_or_no_moe_layers() -> None:
-    with pytest.raises(ValueError, match="num_local_experts is 0, so this .* not a mixture"):
+    """An MoE family with its experts switched off is not one either."""
+    with pytest.raises(ValueError, match=r"num_local_experts is 0, so this .* not a mixture"):
         strategy_for(hf_config("qwen3_moe", num_experts=0))
     with pytest.raises(ValueError, match="no layer of this deepseek_v3 config is an MoE layer"):
         strategy_for(changed("deepseek-v3", first_k_dense_replace=61))
@@ -229,6 +245,7 @@ REQUIRED = [
 
 @pytest.mark.parametrize(("name", "field"), REQUIRED)
 def test_a_missing_routing_field_is_an_error_that_names_it(name: str, field: str) -> None:
+    """Class defaults differ from released values, so none is assumed."""
     with pytest.raises(ValueError, match=f"^{field} .*(is missing|is None) in a ") as caught:
         strategy_for(without(name, field), 3)
     assert not isinstance(caught.value, UnsupportedRouting)
@@ -236,11 +253,13 @@ def test_a_missing_routing_field_is_an_error_that_names_it(name: str, field: str
 
 @pytest.mark.parametrize("field", ["num_experts", "num_experts_per_tok", "hidden_size"])
 def test_a_missing_size_is_an_error_that_names_it(field: str) -> None:
+    """No size is guessed."""
     with pytest.raises(ValueError, match=f"^{field} .*is missing in a qwen3_moe config"):
         moe_spec(without("qwen3-30b-a3b", field))
 
 
 def test_documented_defaults_say_so() -> None:
+    """A field that fell back says whose default it took."""
     config = without("olmoe-1b-7b", "norm_topk_prob", "hidden_act")
     assert strategy_for(config) == Default()
     sources = moe_spec(config).sources
@@ -251,6 +270,7 @@ def test_documented_defaults_say_so() -> None:
 
 
 def test_deepseek_v1_does_not_renormalise_a_single_expert() -> None:
+    """One expert's weight divided by itself would be 1."""
     config = changed("deepseek-moe-16b", norm_topk_prob=True)
     assert strategy_for(config) == RenormalizeNaive()
     assert strategy_for({**config, "num_experts_per_tok": 1}) == Default()
@@ -308,12 +328,14 @@ MALFORMED: list[tuple[str, dict[str, object], str]] = [
 
 @pytest.mark.parametrize(("name", "settings", "message"), MALFORMED)
 def test_malformed(name: str, settings: Mapping[str, object], message: str) -> None:
+    """Wrong types, disagreeing spellings and impossible counts."""
     with pytest.raises(ValueError, match=message) as caught:
         moe_spec(changed(name, **settings))
     assert not isinstance(caught.value, UnsupportedRouting)
 
 
 def test_layer_outside_the_model() -> None:
+    """Both functions check layer_id against num_hidden_layers."""
     config = load_config("deepseek-v3")
     for layer_id in (-1, 61):
         for call in (strategy_for, moe_spec):
@@ -322,6 +344,7 @@ def test_layer_outside_the_model() -> None:
 
 
 def test_dense_layer_has_no_spec_and_the_models_rule() -> None:
+    """The refusal names the dense field and the first MoE layer."""
     config = load_config("deepseek-v3")
     assert strategy_for(config, 0) == strategy_for(config, 60)
     with pytest.raises(
@@ -332,6 +355,7 @@ def test_dense_layer_has_no_spec_and_the_models_rule() -> None:
 
 
 def test_wrapper_without_text_config_or_unknown() -> None:
+    """A wrapper needs its text_config; an unknown one has no tensor names."""
     with pytest.raises(ValueError, match="text_config is missing in a llama4 config"):
         strategy_for({"model_type": "llama4"})
     text = load_config("qwen3-30b-a3b")
@@ -342,11 +366,13 @@ def test_wrapper_without_text_config_or_unknown() -> None:
 
 
 def test_not_a_config() -> None:
+    """Neither a mapping nor an object with to_dict()."""
     with pytest.raises(TypeError, match="config is a str; allowed: a mapping"):
         strategy_for("qwen3-30b-a3b")  # type: ignore[arg-type]
 
 
 def test_load_config_from_files(tmp_path: Path) -> None:
+    """By name, by path, and what is wrong with a bad one."""
     config = load_config("mixtral-8x7b")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config))

@@ -5,14 +5,14 @@ The second half runs each family's own router next to the strategy: same experts
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Mapping
 
 import attrs
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.hf import hf_config
+from tests.models.hf import hf_config, quiet_import
 from typed_moe.models import HasToDict, moe_layer_ids, moe_spec, strategy_for
 from typed_moe.routing import (
     BiasedSigmoid,
@@ -39,23 +39,27 @@ class Case:
 
     model_type: str
     routing: RoutingStrategy
-    settings: dict[str, object] = {}
+    settings: Mapping[str, object] = attrs.field(factory=dict)
     layer_id: int = 0
 
-    def __str__(self) -> str:
+    def label(self) -> str:
+        """The test id."""
         shown = ",".join(f"{name}={value}" for name, value in self.settings.items())
         return f"{self.model_type}({shown[:60]})"
 
 
 def v3(groups: int, kept: int, scale: float) -> DeepSeekV3:
+    """Biased grouped sigmoid, renormalised."""
     return DeepSeekV3(num_expert_group=groups, topk_group=kept, routed_scaling_factor=scale)
 
 
 def f10(groups: int, kept: int, scale: float) -> BiasedSigmoid:
+    """F10: the same, not renormalised."""
     return BiasedSigmoid(num_expert_group=groups, topk_group=kept, routed_scaling_factor=scale)
 
 
 def f12(groups: int, kept: int, scale: float) -> GroupedSoftmax:
+    """F12: softmax with groups scored by their best expert."""
     return GroupedSoftmax(
         num_expert_group=groups,
         topk_group=kept,
@@ -66,6 +70,7 @@ def f12(groups: int, kept: int, scale: float) -> GroupedSoftmax:
 
 
 def f13(groups: int, kept: int, norm: bool, scale: float) -> GroupedSoftmax:
+    """F13: softmax with groups scored by their two best experts."""
     return GroupedSoftmax(
         num_expert_group=groups,
         topk_group=kept,
@@ -76,6 +81,7 @@ def f13(groups: int, kept: int, norm: bool, scale: float) -> GroupedSoftmax:
 
 
 def f11(norm: bool, scale: float) -> ScaledSoftmax:
+    """F11: softmax, scaled."""
     return ScaledSoftmax(norm_topk_prob=norm, routed_scaling_factor=scale)
 
 
@@ -115,7 +121,9 @@ CASES = [
     ),
     Case("deepseek_v3", v3(8, 4, 2.5)),
     Case("deepseek_v3", f10(8, 4, 2.5), NOT_NORM),
-    Case("deepseek_v3", v3(1, 1, 1.0), {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1}),
+    Case(
+        "deepseek_v3", v3(1, 1, 1.0), {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
+    ),
     Case("deepseek_v3", v3(1, 1, 2.5), {"n_group": None, "topk_group": None}),
     Case("deepseek_v32", v3(8, 4, 2.5)),
     Case("deepseek_v32", f10(8, 4, 2.5), NOT_NORM),
@@ -159,8 +167,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=Case.label)
 def test_strategy_for(case: Case) -> None:
+    """The config object and its dict both give the hand-written strategy."""
     config = hf_config(case.model_type, **case.settings)
     assert strategy_for(config, case.layer_id) == case.routing
     assert strategy_for(config.to_dict(), case.layer_id) == case.routing
@@ -174,6 +183,7 @@ def test_kimi_k25_keeps_the_raw_type_of_its_text_model() -> None:
 
 
 def test_both_spellings_of_the_expert_count() -> None:
+    """transformers 5 renames num_experts; either spelling gives the same spec."""
     raw = {"norm_topk_prob": True, "num_experts": 64}
     as_read = moe_spec(hf_config("qwen3_moe", **raw))
     assert "num_experts" not in hf_config("qwen3_moe", **raw).to_dict()
@@ -232,7 +242,7 @@ def dense(ids: Tensor, weights: Tensor) -> Tensor:
 def router_of(model_type: str, config: HasToDict) -> nn.Module:
     """transformers' router of one layer, with random weights and correction bias."""
     folder, name = ROUTERS[model_type]
-    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    module = quiet_import(f"transformers.models.{folder}.modeling_{folder}")
     router = getattr(module, name)(config)
     assert isinstance(router, nn.Module)
     for tensor in [*router.parameters(), *router.buffers()]:
@@ -240,8 +250,10 @@ def router_of(model_type: str, config: HasToDict) -> nn.Module:
     return router
 
 
-@pytest.mark.parametrize("case", RUNNABLE, ids=str)
+@pytest.mark.parametrize("case", RUNNABLE, ids=Case.label)
 def test_the_strategy_computes_what_transformers_router_computes(case: Case) -> None:
+    """Same experts and weights as the family's own router, on random logits and bias."""
+    torch.manual_seed(0)
     config = small(case.model_type, **case.settings)
     router = router_of(case.model_type, config)
     hidden = torch.randn(64, 32)
@@ -293,11 +305,13 @@ def test_the_strategy_computes_what_transformers_router_computes(case: Case) -> 
     ],
 )
 def test_moe_layer_ids(config: HasToDict, layers: tuple[int, ...]) -> None:
+    """Which layers are MoE, and the first one with a rule we can honour."""
     assert moe_layer_ids(config) == layers
     assert moe_spec(config).layer_id == (3 if layers == (0, 1, 2, 3) else layers[0])
 
 
 def test_nemotron_latent_size_is_the_experts_width() -> None:
+    """The router reads the model's width, the experts the latent one."""
     spec = moe_spec(hf_config("nemotron_h", moe_latent_size=1024))
     assert (spec.hidden_size, spec.router_hidden_size) == (1024, 4096)
     assert spec.sources["hidden_size"] == "moe_latent_size = 1024"

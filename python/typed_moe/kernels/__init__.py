@@ -1,6 +1,7 @@
 """Room 4: argument records, the facts of kernels, and the reference kernel."""
 
 from typed_moe.kernels._protocol import KernelRequest, MoeKernel
+from typed_moe.kernels._reference_routing import route as route_reference
 from typed_moe.kernels.args import (
     ActivationType,
     Bf16MoeArgs,
@@ -34,4 +35,5 @@ __all__ = [
     "Routing",
     "append_shared",
     "entry_point",
+    "route_reference",
 ]

@@ -52,6 +52,14 @@ _METHOD_RULES: Mapping[str, MethodRules] = MappingProxyType(
     }
 )
 
+REFERENCE_RULES = KernelRules(
+    kernel="reference",
+    methods=_METHOD_RULES,
+    weight_on_input=True,
+    source="typed_moe.kernels.reference",
+)
+"""What the reference kernel routes by itself: every method at every size."""
+
 
 @final
 @attrs.frozen(kw_only=True)
@@ -81,12 +89,7 @@ class ReferenceKernel:
                 f"{request.placement.ep_size} they would be added once per rank; run them "
                 "unfused"
             )
-        return KernelRules(
-            kernel=self.name,
-            methods=_METHOD_RULES,
-            weight_on_input=True,
-            source="typed_moe.kernels.reference",
-        )
+        return REFERENCE_RULES
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) float32: the sum over this rank's experts of weight * expert(x)."""

@@ -6,7 +6,7 @@ from typed_moe.routing._default import Default
 from typed_moe.routing._grouped_softmax import GroupedSoftmax
 from typed_moe.routing._llama4 import Llama4
 from typed_moe.routing._minimax2 import MiniMax2
-from typed_moe.routing._ops import check_inputs
+from typed_moe.routing._ops import check_inputs, float_logits, routed, top_k_ids
 from typed_moe.routing._protocol import RoutingStrategy
 from typed_moe.routing._records import (
     BiasRule,
@@ -64,4 +64,7 @@ __all__ = [
     "TopK",
     "TopKSigmoid",
     "check_inputs",
+    "float_logits",
+    "routed",
+    "top_k_ids",
 ]
