@@ -21,7 +21,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # pyright's wheel carries pyright, and runs it on the machine's `node`. Where there is none, one
 # more wheel brings it. (Left alone, pyright would download a node build of its own.)
-NODE := $(if $(shell command -v node),,,node)
+comma := ,
+EXTRAS := test$(if $(shell command -v node),,$(comma)node)
 STUBS := $(sort $(patsubst stubs/%/,%,$(dir $(wildcard stubs/*/__init__.pyi))))
 
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
@@ -32,6 +33,8 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 # A user's own settings stay out: what is in .venv is what is tested.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
+# The checks are told in order, also under `make -j`.
+.NOTPARALLEL:
 .PHONY: help run test fmt format-check lint imports types verifytypes stubtest pytest clean
 
 help:  ## these lines
@@ -97,5 +100,5 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[test$(NODE)]"
+	$(PIP) --editable ".[$(EXTRAS)]"
 	@touch $@ $(VENV)/.run

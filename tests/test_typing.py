@@ -116,7 +116,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def findings(folder: Path) -> Findings:
     """What each checker reports over all files and all copies."""
-    files = [str(file) for file in [*FILES, *sorted(folder.iterdir())]]
+    files = [str(file.relative_to(ROOT)) for file in FILES]
+    files += [str(file) for file in sorted(folder.iterdir())]
     return {"mypy": run_mypy(files), "pyright": run_pyright(files)}
 
 

@@ -119,9 +119,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def load(
-    strategy: RoutingStrategy, shape: RoutingShape, device: torch.device
-) -> tuple[float, int]:
+def load(strategy: RoutingStrategy, shape: RoutingShape, device: torch.device) -> tuple[float, int]:
     """The fullest expert over the mean, and how many have no token."""
     ids = inputs(strategy, shape, 4096, device)().topk_ids.flatten().long()
     counts = torch.bincount(ids, minlength=shape.num_experts).float()

@@ -269,8 +269,10 @@ def check_30_group_rule(case: Case, route: Route) -> None:
     size = case.num_experts // rule.num_expert_group
     logits = torch.full((1, case.num_experts), -4.0)
     for group in range(rule.num_expert_group):
-        logits[0, group * size : group * size + 2] = 1.0 + 0.01 * group
-        logits[0, group * size + 2 : (group + 1) * size] = torch.linspace(-1.0, -2.0, size - 2)
+        logits[0, group * size] = 1.0 + 0.01 * group
+        logits[0, group * size + 1] = 0.9 + 0.01 * group
+        rest = torch.linspace(-1.0, -2.0, size - 2) + 0.001 * group
+        logits[0, group * size + 2 : (group + 1) * size] = rest
     last = (rule.num_expert_group - 1) * size
     logits[0, last : last + size] = -4.0
     logits[0, last] = 1.5

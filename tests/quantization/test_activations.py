@@ -221,3 +221,26 @@ def test_dequantize_refuses_what_does_not_fit(fmt: Format) -> None:
         dequantize_activation(attrs.evolve(q, scale=q.scale.reshape(1, -1)), fmt)
     with pytest.raises(ValueError, match=r"data is torch\.bfloat16"):
         dequantize_activation(attrs.evolve(q, data=x.bfloat16()), fmt)
+
+
+@pytest.mark.gpu
+@every_format
+def test_cuda_agrees_and_can_be_captured(fmt: Format) -> None:
+    """A CUDA graph captures the quantisation, and a replay has the CPU's bits."""
+    x = torch.randn(64, 256)
+    scale = _scale(x, fmt)
+    expected = quantize_activation(x, fmt, input_scale=scale)
+    on_device, static = torch.zeros(64, 256, device="cuda"), None
+    if scale is not None:
+        static = scale.cuda()
+    quantize_activation(on_device, fmt, input_scale=static)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q = quantize_activation(on_device, fmt, input_scale=static)
+    on_device.copy_(x)
+    graph.replay()
+
+    assert torch.equal(q.data.cpu().view(torch.uint8), expected.data.view(torch.uint8))
+    if q.scale is not None and expected.scale is not None:
+        assert torch.equal(q.scale.cpu().view(torch.uint8), expected.scale.view(torch.uint8))

@@ -30,7 +30,10 @@ _E4M3_SMALLEST = 2.0**-9
 
 
 def to_e4m3(values: Tensor) -> Tensor:
-    """float8_e4m3fn, saturated at 448; NaN stays NaN. Before torch 2.12 the cast overflowed."""
+    """float8_e4m3fn, saturated at 448; NaN stays NaN.
+
+    The clamp can go once torch 2.11 is out of support: its cast overflows (pytorch#178817).
+    """
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
