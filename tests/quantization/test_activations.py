@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import attrs
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -213,14 +214,14 @@ def test_dequantize_refuses_what_does_not_fit(fmt: Format) -> None:
 
     if not isinstance(fmt, Nvfp4):
         with pytest.raises(ValueError, match=r"scale is None"):
-            dequantize_activation(attrs.evolve(q, scale=None), fmt)
+            dequantize_activation(replace(q, scale=None), fmt)
     else:
         with pytest.raises(ValueError, match=r"global_scale is None"):
-            dequantize_activation(attrs.evolve(q, global_scale=None), fmt)
+            dequantize_activation(replace(q, global_scale=None), fmt)
     with pytest.raises(ValueError, match=r"scale has shape"):
-        dequantize_activation(attrs.evolve(q, scale=q.scale.reshape(1, -1)), fmt)
+        dequantize_activation(replace(q, scale=q.scale.reshape(1, -1)), fmt)
     with pytest.raises(ValueError, match=r"data is torch\.bfloat16"):
-        dequantize_activation(attrs.evolve(q, data=x.bfloat16()), fmt)
+        dequantize_activation(replace(q, data=x.bfloat16()), fmt)
 
 
 @pytest.mark.gpu

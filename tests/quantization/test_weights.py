@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import attrs
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -183,11 +184,11 @@ def test_dequantize_refuses_what_does_not_fit(fmt: Format) -> None:
     assert q.scale is not None
 
     with pytest.raises(ValueError, match=r"scale is None; the format"):
-        dequantize_weight(attrs.evolve(q, scale=None), fmt)
+        dequantize_weight(replace(q, scale=None), fmt)
     with pytest.raises(ValueError, match=r"scale has shape"):
-        dequantize_weight(attrs.evolve(q, scale=q.scale[:1]), fmt)
+        dequantize_weight(replace(q, scale=q.scale[:1]), fmt)
     with pytest.raises(ValueError, match=r"dtype torch\.float16"):
-        dequantize_weight(attrs.evolve(q, scale=q.scale.to(torch.float16)), fmt)
+        dequantize_weight(replace(q, scale=q.scale.to(torch.float16)), fmt)
     with pytest.raises(ValueError, match=r"data is torch\.float32; the format .* stores"):
         dequantize_weight(Quantized(data=torch.randn(2, 128, 128), scale=q.scale), fmt)
 
@@ -198,7 +199,7 @@ def test_nvfp4_needs_its_global_scale(global_scale: Tensor | None) -> None:
     q = quantize_weight(torch.randn(2, 16, 32), Nvfp4())
 
     with pytest.raises(ValueError, match=r"global_scale is .* \(2,\) \(`weight_scale_2`"):
-        dequantize_weight(attrs.evolve(q, global_scale=global_scale), Nvfp4())
+        dequantize_weight(replace(q, global_scale=global_scale), Nvfp4())
 
 
 @every_format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import attrs
@@ -90,14 +91,22 @@ def compare(
     expected = experts_float64(
         hidden_states, ids, weights, experts, weight_on_input=layer.plan.weight_on_input
     )
-    size = float(expected.norm())
     return Comparison(
-        relative_error=float((output.double() - expected).norm()) / size if size else None,
+        relative_error=_relative_error(output.to(torch.float64), expected),
         bound=relative_error_bound(request.quant, request.activation),
         rows=logits.shape[0],
         rows_with_other_experts=choice.different,
         undecided_rows=choice.undecided,
     )
+
+
+def _relative_error(output: Tensor, expected: Tensor) -> float | None:
+    if expected.numel() == 0:
+        return None
+    error, size = float((output - expected).norm()), float(expected.norm())
+    if size == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / size
 
 
 def selected(layer: FusedMoE, logits: Tensor) -> Tensor:

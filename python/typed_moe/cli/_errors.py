@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, final
+from typing import final
 
 import typer
 
@@ -13,7 +13,7 @@ import typer
 class UserError(typer.TyperException):
     """Something that the user can put right; the message is the sentence that is printed."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code = 2
 
 
 @contextmanager

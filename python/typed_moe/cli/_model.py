@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
@@ -43,8 +44,11 @@ def read_model(name: str) -> Model:
         _check_path(name)
     try:
         config = load_config(name)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is no text in UTF-8; allowed: a config.json") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"the config {name} is no JSON ({error}); allowed: a config.json as the model was "
+            "released with. Download it again"
+        ) from error
     except (ValueError, OSError) as error:
         raise UserError(f"the config {name} cannot be read: {error}") from error
     return Model(name=name, source=_source(config) if shipped else name, config=config)
@@ -60,7 +64,7 @@ def _check_path(name: str) -> None:
     if path.exists():
         return
     near = difflib.get_close_matches(name.lower(), shipped_configs(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"did you mean {', '.join(near)}? " if near else ""
     raise UserError(
         f"{name} is no shipped config and no file or folder; {hint}allowed: a config.json, a "
         "folder that has one, or a name that `typed-moe configs` lists"
@@ -90,7 +94,7 @@ def read_format(name: str) -> Format:
     """
     found = next((fmt for known, fmt in FORMATS.items() if known == name), None)
     if found is None:
-        near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"--quant is {name!r}; {hint}allowed: {', '.join(FORMATS)}")
     return found

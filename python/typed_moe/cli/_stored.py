@@ -46,6 +46,16 @@ class StoredWeights:
         return f"read from {self.checkpoint.folder}"
 
     @property
+    def verb(self) -> str:
+        """They are read."""
+        return "read"
+
+    @property
+    def held_bytes(self) -> int:
+        """None of its own: the values stay in the mapped files."""
+        return 0
+
+    @property
     def layout(self) -> CheckpointLayout:
         """The published one."""
         return self.spec.layout

@@ -33,8 +33,18 @@ class Weights(Protocol):
         ...
 
     @property
+    def verb(self) -> str:
+        """What making them is called, where it is timed."""
+        ...
+
+    @property
     def layout(self) -> CheckpointLayout:
         """How `stream` names them."""
+        ...
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that they take while the layer is loaded."""
         ...
 
     @property
@@ -97,6 +107,17 @@ class DrawnWeights:
     def origin(self) -> str:
         """Where they are from, in words."""
         return f"drawn, seed {self.seed}"
+
+    @property
+    def verb(self) -> str:
+        """They are drawn."""
+        return "draw"
+
+    @property
+    def held_bytes(self) -> int:
+        """All of them: `load_weights` sorts the whole stream before it stores the first."""
+        matrix = self.hidden_size * self.intermediate_size * torch.bfloat16.itemsize
+        return self._experts() * len(self._projections()) * matrix
 
     @property
     def layout(self) -> CheckpointLayout:
@@ -165,7 +186,7 @@ class DrawnWeights:
         rows, columns = self.intermediate_size, self.hidden_size
         shape = (columns, rows) if projection == "down_proj" else (rows, columns)
         matrix = self._draw(key, shape, shape[1] ** -0.5)
-        if self._experts() * len(self._projections()) * matrix.nbytes <= _KEPT_BYTES:
+        if self.held_bytes <= _KEPT_BYTES:
             self._kept[key] = matrix
         return matrix
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.kernels.args import FromLogits, Precomputed
-from typed_moe.routing import GlobalExpertIds
+from typed_moe.routing import as_global_ids
 
 
 @final
@@ -63,7 +63,7 @@ def route(args: FromLogits, top_k: int) -> Precomputed:
     if args.routed_scaling_factor is not None:
         weights = weights * args.routed_scaling_factor
     weights = weights.masked_fill(broken, 0.0)
-    return Precomputed(topk_ids=GlobalExpertIds(ids.int()), topk_weights=weights)
+    return Precomputed(topk_ids=as_global_ids(ids.int()), topk_weights=weights)
 
 
 def _scores(before: Literal["nothing", "softmax", "sigmoid"], logits: Tensor) -> Tensor:

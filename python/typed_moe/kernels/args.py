@@ -2,7 +2,8 @@
 
 One record per family of FlashInfer entry points (`trtllm_<family>_moe` and its `_routed`
 twin). Which twin is meant is the type of `routing`: `FromLogits` or `Precomputed`. What does
-not change between calls is in `experts`, built once.
+not change between calls is in `experts`, built once. Records that are built inside a call are
+dataclasses: torch.compile (2.13) cannot trace the frozen `__init__` that attrs makes.
 
 Shapes: T tokens, H hidden size, I intermediate size of this rank, E experts of the whole
 layer, L experts of this rank (fused shared experts at the end), M = 2I for a gated activation
@@ -13,9 +14,9 @@ Source: `flashinfer.fused_moe` 0.7.2.post1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
-import attrs
 from torch import Tensor
 
 from typed_moe.routing import GlobalExpertIds
@@ -27,7 +28,7 @@ ActivationType = Literal[
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FromLogits:
     """Routing arguments of a kernel that routes by itself.
 
@@ -52,7 +53,7 @@ class FromLogits:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Precomputed:
     """Routing that is final: no method, no bias, no groups, no scale.
 
@@ -71,7 +72,7 @@ Routing = FromLogits | Precomputed
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertArgs:
     """Arguments that every entry point has and that no call changes.
 
@@ -104,7 +105,7 @@ class ExpertArgs:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bf16MoeArgs:
     """`trtllm_bf16_moe`, `trtllm_bf16_routed_moe`.
 
@@ -125,7 +126,7 @@ class Bf16MoeArgs:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fp8PerTensorMoeArgs:
     """`trtllm_fp8_per_tensor_scale_moe`, `trtllm_fp8_per_tensor_scale_routed_moe`.
 
@@ -151,7 +152,7 @@ class Fp8PerTensorMoeArgs:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fp8BlockMoeArgs:
     """`trtllm_fp8_block_scale_moe`, `trtllm_fp8_block_scale_routed_moe`.
 
@@ -178,7 +179,7 @@ class Fp8BlockMoeArgs:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fp4MoeArgs:
     """`trtllm_fp4_block_scale_moe`, `trtllm_fp4_block_scale_routed_moe`.
 
@@ -216,6 +217,6 @@ MoeArgs = Bf16MoeArgs | Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs
 Family = Literal["bf16", "fp8_per_tensor_scale", "fp8_block_scale", "fp4_block_scale"]
 
 
-def entry_point(family: Family, routing: type[FromLogits] | type[Precomputed]) -> str:
+def entry_point(family: Family, routing: type[FromLogits | Precomputed]) -> str:
     """FlashInfer's name of the function that a record is for."""
     return f"trtllm_{family}_{'moe' if routing is FromLogits else 'routed_moe'}"

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import final
+from typing import assert_never, final
 
 import attrs
 import torch
 from torch import Tensor
-from typing_extensions import assert_never
 
 from typed_moe.kernels._experts_math import activate, is_gated_type, settings_of
 from typed_moe.kernels._protocol import KernelRequest
@@ -31,6 +30,7 @@ from typed_moe.routing import (
     MethodRules,
     Refused,
     Tier,
+    as_global_ids,
 )
 
 _ANY_SIZE = (Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),)
@@ -190,6 +190,6 @@ def append_shared(routing: Precomputed, num_experts: int, count: int) -> Precomp
     ids, weights = routing.topk_ids, routing.topk_weights
     shared = torch.arange(num_experts, num_experts + count, device=ids.device, dtype=ids.dtype)
     return Precomputed(
-        topk_ids=GlobalExpertIds(torch.cat((ids, shared.expand(ids.shape[0], count)), dim=1)),
+        topk_ids=as_global_ids(torch.cat((ids, shared.expand(ids.shape[0], count)), dim=1)),
         topk_weights=torch.cat((weights, weights.new_ones(weights.shape[0], count)), dim=1),
     )

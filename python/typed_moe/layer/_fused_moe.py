@@ -58,7 +58,8 @@ class FusedMoE(nn.Module):
         Nvfp4). The same for `w2`. With `has_bias`: `w13_weight_bias`, `w2_weight_bias`.
         Packed FP4 weights hold two values per byte.
     Buffers:
-        e_score_correction_bias (E,), where the strategy reads one; None otherwise.
+        e_score_correction_bias (E,), in the dtype that was loaded, where the strategy reads
+        one; None otherwise.
 
     Args:
         num_experts: routed experts of the whole layer, E.
@@ -76,7 +77,6 @@ class FusedMoE(nn.Module):
         kernel: the kernel to run; None chooses one for the device.
         routing_form: who routes; None prefers the kernel.
         strict: refuse a degraded plan, such as routing outside a kernel.
-        correction_bias_dtype: dtype of `e_score_correction_bias`, the checkpoint's.
         prefix: the layer's name in the model, for messages.
         device, dtype: torch's factory arguments; dtype is of activations and of unquantised
             weights.
@@ -105,7 +105,6 @@ class FusedMoE(nn.Module):
         kernel: MoeKernel | None = None,
         routing_form: RoutingForm | None = None,
         strict: bool = False,
-        correction_bias_dtype: torch.dtype = torch.float32,
         prefix: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -137,7 +136,7 @@ class FusedMoE(nn.Module):
         )
         self._strategy = routing
         self._decide()
-        self._make_parameters(correction_bias_dtype)
+        self._make_parameters()
         self._validated = False
 
     @property
@@ -160,7 +159,7 @@ class FusedMoE(nn.Module):
         )
         self._runner = make_runner(self._decision)
 
-    def _make_parameters(self, correction_bias_dtype: torch.dtype) -> None:
+    def _make_parameters(self) -> None:
         request = self._request
         local = request.placement.num_local_experts(request.shape.num_experts)
         width = request.placement.local_intermediate_size(request.intermediate_size)
@@ -180,10 +179,7 @@ class FusedMoE(nn.Module):
         bias = None
         if self._strategy.bias is BiasRule.REQUIRED:
             bias = torch.full(
-                (request.shape.num_experts,),
-                torch.nan,
-                dtype=correction_bias_dtype,
-                device=request.device,
+                (request.shape.num_experts,), torch.nan, dtype=torch.float32, device=request.device
             )
         self.register_buffer("e_score_correction_bias", bias)
 
@@ -297,18 +293,13 @@ class FusedMoE(nn.Module):
                 f"{self._label()}: the checkpoint has an e_score_correction_bias and "
                 f"{self._strategy.name} reads none; is routing= the model's?"
             )
-        if tensor.shape != target.shape:
+        if tensor.shape != target.shape or not tensor.is_floating_point():
             raise CheckpointError(
-                f"{self._label()}: e_score_correction_bias has shape {tuple(tensor.shape)}; "
-                f"allowed: {tuple(target.shape)}"
+                f"{self._label()}: e_score_correction_bias is {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}; allowed: floating point of shape {tuple(target.shape)}"
             )
-        if torch.promote_types(tensor.dtype, target.dtype) != target.dtype:
-            raise CheckpointError(
-                f"{self._label()}: e_score_correction_bias is {tensor.dtype} and the buffer "
-                f"{target.dtype}, which would round it; make the layer with "
-                f"correction_bias_dtype={tensor.dtype}"
-            )
-        target.copy_(tensor)
+        # In its stored dtype: rounding a float32 bias changes which experts are chosen.
+        self.e_score_correction_bias = tensor.to(target.device, copy=True)
 
     def validate_weights(self) -> None:
         """Refuse weights, scales or a correction bias that are NaN, infinite or never loaded.

@@ -7,6 +7,7 @@ float32 and quantised anew where they do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import final
 
 import attrs
@@ -49,7 +50,7 @@ class StoredMatrix:
         if scale is not None and scale.dim() == 2:
             scale = scale[start // block : -(-stop // block)]
         return attrs.evolve(
-            self, stored=attrs.evolve(self.stored, data=self.stored.data[start:stop], scale=scale)
+            self, stored=replace(self.stored, data=self.stored.data[start:stop], scale=scale)
         )
 
     def columns(self, start: int, stop: int) -> StoredMatrix:
@@ -60,7 +61,7 @@ class StoredMatrix:
         if scale is not None and scale.dim() == 2:
             scale = scale[:, start // block : -(-stop // block)]
         data = self.stored.data[:, start // packing : stop // packing]
-        return attrs.evolve(self, stored=attrs.evolve(self.stored, data=data, scale=scale))
+        return attrs.evolve(self, stored=replace(self.stored, data=data, scale=scale))
 
 
 def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> StoredMatrix:
@@ -140,7 +141,7 @@ def _checked(name: str, fmt: Format, stored: Quantized, shape: tuple[int, int]) 
     if isinstance(fmt, Fp8BlockScale | Fp8PerTensor):
         scale = scale.float()
     second = stored.global_scale
-    return attrs.evolve(
+    return replace(
         stored, scale=scale, global_scale=None if second is None else second.float().reshape(())
     )
 

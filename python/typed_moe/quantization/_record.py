@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
-import attrs
 from torch import Tensor
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False, init=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Quantized:
     """Stored values with the scales that give them their size.
 
@@ -24,16 +24,8 @@ class Quantized:
             matrix for weights, one for an activation.
     """
 
+    # A dataclass, because torch.compile (2.13) cannot trace the frozen `__init__` that attrs makes,
+    # and an activation is quantised inside the compiled graph.
     data: Tensor
     scale: Tensor | None
     global_scale: Tensor | None = None
-
-    # Written out because torch.compile (2.13) cannot trace the one that attrs makes for a frozen
-    # class: it binds `object.__setattr__` by `__get__` ("Unsupported method call", gb0156), and
-    # an activation is quantised inside the compiled graph.
-    def __init__(
-        self, *, data: Tensor, scale: Tensor | None, global_scale: Tensor | None = None
-    ) -> None:
-        object.__setattr__(self, "data", data)
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "global_scale", global_scale)

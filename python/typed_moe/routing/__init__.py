@@ -23,6 +23,7 @@ from typed_moe.routing._records import (
     Scale,
     ScaleOwner,
     Tier,
+    as_global_ids,
 )
 from typed_moe.routing._renormalize import Renormalize
 from typed_moe.routing._renormalize_naive import RenormalizeNaive
@@ -63,6 +64,7 @@ __all__ = [
     "Tier",
     "TopK",
     "TopKSigmoid",
+    "as_global_ids",
     "check_inputs",
     "float_logits",
     "routed",

@@ -6,8 +6,9 @@ Shapes in this room: T tokens, E routed experts of the whole layer, k = top_k.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import NewType, final
+from typing import NewType, cast, final
 
 import attrs
 import torch
@@ -18,13 +19,13 @@ GlobalExpertIds = NewType("GlobalExpertIds", Tensor)
 """Expert ids of the whole layer, 0 to E - 1; -1 marks a slot to skip. int32, any shape."""
 
 
-def _global_ids(ids: Tensor) -> GlobalExpertIds:
-    """A strategy counts over all experts, so a plain tensor that it returns holds global ids."""
-    return GlobalExpertIds(ids)
+def as_global_ids(ids: Tensor) -> GlobalExpertIds:
+    """Say that a tensor holds global expert ids. torch.compile traces this, not `NewType`."""
+    return cast("GlobalExpertIds", ids)
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LocalExpertIds:
     """Expert ids of one rank, 0 to num_local_experts - 1; -1 marks a slot of another rank.
 
@@ -37,13 +38,13 @@ class LocalExpertIds:
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Routed:
     """Which experts each token goes to, and with which weight.
 
-    Attributes:
+    Args:
         topk_ids: (T, k) int32, global expert ids, distinct within a row; -1 marks a slot
-            that is skipped.
+            that is skipped. A strategy counts over all experts, so a plain tensor is taken.
         topk_weights: (T, k) float32, one weight per id, everything applied that the strategy
             owns (normalisation, scale).
 
@@ -51,21 +52,24 @@ class Routed:
         ValueError: the two are not 2-D of one shape, or the ids are not integers.
     """
 
-    topk_ids: GlobalExpertIds = attrs.field(converter=_global_ids)
+    topk_ids: GlobalExpertIds
     topk_weights: Tensor
 
-    def __attrs_post_init__(self) -> None:
-        ids, weights = self.topk_ids, self.topk_weights
-        if ids.dim() != 2 or ids.shape != weights.shape:
+    # Not attrs's: torch.compile (2.13) cannot trace the frozen `__init__` that attrs makes, and
+    # this record is built inside the compiled graph.
+    def __init__(self, *, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        if topk_ids.dim() != 2 or topk_ids.shape != topk_weights.shape:
             raise ValueError(
-                f"topk_ids has shape {tuple(ids.shape)} and topk_weights {tuple(weights.shape)}; "
-                "allowed: two tensors of one shape (num_tokens, top_k)"
+                f"topk_ids has shape {tuple(topk_ids.shape)} and topk_weights "
+                f"{tuple(topk_weights.shape)}; allowed: two tensors of one shape (num_tokens, top_k)"
             )
-        if ids.is_floating_point() or not weights.is_floating_point():
+        if topk_ids.is_floating_point() or not topk_weights.is_floating_point():
             raise ValueError(
-                f"topk_ids is {ids.dtype} and topk_weights {weights.dtype}; allowed: integer ids "
-                "and floating-point weights. Are the two swapped?"
+                f"topk_ids is {topk_ids.dtype} and topk_weights {topk_weights.dtype}; allowed: "
+                "integer ids and floating-point weights. Are the two swapped?"
             )
+        object.__setattr__(self, "topk_ids", topk_ids)
+        object.__setattr__(self, "topk_weights", topk_weights)
 
 
 @final

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol, assert_never, final
 
-import attrs
 import torch
 from torch import Tensor
 
@@ -26,12 +26,12 @@ from typed_moe.kernels import (
     Routing,
     append_shared,
 )
-from typed_moe.routing import GlobalExpertIds, Routed, check_inputs
+from typed_moe.routing import Routed, as_global_ids, check_inputs
 from typed_moe.runners._planning import Decision
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
     """A layer's tensors as a runner takes them; shapes as in `typed_moe.kernels.args`.
 
@@ -70,7 +70,7 @@ class MoeRunner(Protocol):
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CallInputs:
     """A call's tensors after the routing half.
 
@@ -134,7 +134,7 @@ def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> C
         copies = ids.shape[1]
         hidden_states = hidden_states.repeat_interleave(copies, dim=0)
         hidden_states = (hidden_states * weights.reshape(-1, 1)).to(hidden_states.dtype)
-        ids = GlobalExpertIds(ids.reshape(-1, 1))
+        ids = as_global_ids(ids.reshape(-1, 1))
         weights = torch.ones_like(weights).reshape(-1, 1)
     routing = Precomputed(topk_ids=ids, topk_weights=weights)
     if request.num_fused_shared_experts:
@@ -183,7 +183,7 @@ def with_biases(experts: ExpertArgs, weights: ExpertWeights) -> ExpertArgs:
     """The constant arguments with the layer's bias tensors, where it has any."""
     if weights.w13_bias is None and weights.w2_bias is None:
         return experts
-    return attrs.evolve(experts, gemm1_bias=weights.w13_bias, gemm2_bias=weights.w2_bias)
+    return replace(experts, gemm1_bias=weights.w13_bias, gemm2_bias=weights.w2_bias)
 
 
 def _activation(
