@@ -272,6 +272,8 @@ STEP3P7 = Family(
         **_ROUTED,
         "share_expert_dim": 24,
         "mlp_layer_types": ["sparse", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 8,
         "swiglu_limits": [None, 0.5],
     },
     layers="model.language_model.layers",

@@ -132,7 +132,7 @@ def experts_of(
 ) -> FusedMoE:
     """The layer with the block's weights."""
     tensors = expert_tensors(block, family)
-    experts = empty_experts(spec, routing, form=form, dtype=tensors["down_proj"].dtype)
+    experts = empty_experts(spec, routing, form=form, dtype=next(iter(tensors.values())).dtype)
     bias = correction_bias(block)
     assert (bias is not None) == spec.has_correction_bias
     if bias is not None and experts.e_score_correction_bias is not None:

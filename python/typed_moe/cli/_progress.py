@@ -31,7 +31,9 @@ class Step:
     def becomes(self, what: str) -> None:
         """The units are done and something without units goes on."""
         if self._progress is not None:
-            self._progress.update(self._task, description=what, total=None)
+            # A task of its own: a finished one has stopped its clock.
+            self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(what, total=None)
 
 
 @final

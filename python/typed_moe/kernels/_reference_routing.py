@@ -67,9 +67,10 @@ def route(args: FromLogits, top_k: int) -> Precomputed:
 
 
 def _scores(before: Literal["nothing", "softmax", "sigmoid"], logits: Tensor) -> Tensor:
+    """In float64 on the way: PyTorch's CPU loops do not round equal float32 inputs alike."""
     if before == "softmax":
-        return logits.softmax(1)
-    return logits.sigmoid() if before == "sigmoid" else logits
+        return logits.double().softmax(1).float()
+    return logits.double().sigmoid().float() if before == "sigmoid" else logits
 
 
 def _weights(

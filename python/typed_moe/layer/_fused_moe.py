@@ -369,6 +369,12 @@ class FusedMoE(nn.Module):
         )
 
     @override
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        """Load as torch does, and look at the weights again before the next call."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._validated = False
+
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMoE:
         """Move the tensors as asked, and plan again for where they are.
 

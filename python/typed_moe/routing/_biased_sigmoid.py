@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -20,6 +20,7 @@ from typed_moe.routing._ops import (
     float_logits,
     keep_best_groups,
     routed,
+    score,
     top_k_ids,
 )
 from typed_moe.routing._records import (
@@ -55,7 +56,6 @@ class BiasedSigmoid:
     always divides.
     """
 
-    name: ClassVar[Literal["BiasedSigmoid"]] = "BiasedSigmoid"
     num_expert_group: int = attrs.field(default=1, converter=normal_group, validator=group_count)
     topk_group: int = attrs.field(default=1, converter=normal_group, validator=group_count)
     routed_scaling_factor: float = attrs.field(default=1.0, validator=_settings.factor)
@@ -64,6 +64,11 @@ class BiasedSigmoid:
     def __attrs_post_init__(self) -> None:
         check_group_pair(self.num_expert_group, self.topk_group)
         _settings.check_logits_dtype(self.router_logits_dtype)
+
+    @property
+    def name(self) -> Literal["BiasedSigmoid"]:
+        """The method's name."""
+        return "BiasedSigmoid"
 
     @property
     def bias(self) -> BiasRule:
@@ -110,7 +115,7 @@ class BiasedSigmoid:
         )
         assert e_score_correction_bias is not None  # check_inputs has refused None
         logits, usable = float_logits(router_logits)
-        scores = logits.sigmoid()
+        scores = score(torch.sigmoid, logits)
         biased = keep_best_groups(
             scores + e_score_correction_bias.float(),
             num_expert_group=self.num_expert_group,

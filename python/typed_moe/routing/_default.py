@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -38,7 +38,10 @@ class Default:
     make ties where there are none.
     """
 
-    name: ClassVar[Literal["Default"]] = "Default"
+    @property
+    def name(self) -> Literal["Default"]:
+        """The method's name."""
+        return "Default"
 
     @property
     def bias(self) -> BiasRule:

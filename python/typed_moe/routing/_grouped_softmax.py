@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from functools import partial
+from typing import Literal, final
 
 import attrs
 import torch
@@ -21,6 +22,7 @@ from typed_moe.routing._ops import (
     float_logits,
     keep_best_groups,
     routed,
+    score,
     top_k_ids,
 )
 from typed_moe.routing._records import (
@@ -59,7 +61,6 @@ class GroupedSoftmax:
     knows it.
     """
 
-    name: ClassVar[Literal["GroupedSoftmax"]] = "GroupedSoftmax"
     num_expert_group: int = attrs.field(converter=normal_group, validator=group_count)
     topk_group: int = attrs.field(converter=normal_group, validator=group_count)
     group_score: Literal["max", "top2_sum"] = attrs.field(
@@ -70,6 +71,11 @@ class GroupedSoftmax:
 
     def __attrs_post_init__(self) -> None:
         check_group_pair(self.num_expert_group, self.topk_group)
+
+    @property
+    def name(self) -> Literal["GroupedSoftmax"]:
+        """The method's name."""
+        return "GroupedSoftmax"
 
     @property
     def bias(self) -> BiasRule:
@@ -116,7 +122,7 @@ class GroupedSoftmax:
         self.check(shape)
         check_inputs(self.name, router_logits, e_score_correction_bias, shape=shape, bias=self.bias)
         logits, usable = float_logits(router_logits)
-        scores = torch.softmax(logits, dim=-1)
+        scores = score(partial(torch.softmax, dim=-1), logits)
         kept = keep_best_groups(
             scores,
             num_expert_group=self.num_expert_group,

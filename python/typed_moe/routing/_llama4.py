@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -37,7 +37,10 @@ class Llama4:
     Source: FlashInfer `RoutingMethodType.Llama4`; Llama4TextMoe in transformers.
     """
 
-    name: ClassVar[Literal["Llama4"]] = "Llama4"
+    @property
+    def name(self) -> Literal["Llama4"]:
+        """The method's name."""
+        return "Llama4"
 
     @property
     def bias(self) -> BiasRule:

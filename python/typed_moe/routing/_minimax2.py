@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from typed_moe.routing import _settings
 from typed_moe.routing._biased import biased_in_kernel
-from typed_moe.routing._ops import SUM_EPSILON, check_inputs, float_logits, routed, top_k_ids
+from typed_moe.routing._ops import SUM_EPSILON, check_inputs, float_logits, routed, score, top_k_ids
 from typed_moe.routing._records import (
     BiasRule,
     InKernel,
@@ -44,7 +44,6 @@ class MiniMax2:
     Source: FlashInfer `RoutingMethodType.MiniMax2`; MiniMaxM2 in transformers.
     """
 
-    name: ClassVar[Literal["MiniMax2"]] = "MiniMax2"
     routed_scaling_factor: float = attrs.field(default=1.0, validator=_settings.factor)
     router_logits_dtype: torch.dtype | None = None
     correction_bias_dtype: torch.dtype = attrs.field(
@@ -53,6 +52,11 @@ class MiniMax2:
 
     def __attrs_post_init__(self) -> None:
         _settings.check_logits_dtype(self.router_logits_dtype)
+
+    @property
+    def name(self) -> Literal["MiniMax2"]:
+        """The method's name."""
+        return "MiniMax2"
 
     @property
     def bias(self) -> BiasRule:
@@ -102,7 +106,7 @@ class MiniMax2:
         )
         assert e_score_correction_bias is not None  # check_inputs has refused None
         logits, usable = float_logits(router_logits)
-        scores = logits.sigmoid()
+        scores = score(torch.sigmoid, logits)
         ids = top_k_ids(scores + e_score_correction_bias.float(), shape.top_k)
         weights = scores.gather(-1, ids)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + SUM_EPSILON)

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, k chosen, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -108,6 +109,18 @@ def routed(ids: Tensor, weights: Tensor, usable: Tensor) -> Routed:
     """The result in its dtypes, with weight 0 on rows that are not usable."""
     weights = torch.where(usable & weights.isfinite().all(dim=-1, keepdim=True), weights, 0.0)
     return Routed(topk_ids=ids.to(torch.int32), topk_weights=weights.float())
+
+
+def score(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """function(logits) in float32, the same bits for the same logit wherever it lies.
+
+    PyTorch's vectorised CPU loops round the last few elements of a chunk otherwise than the
+    rest, by one unit in the last place: equal logits would not tie, and which expert wins
+    would depend on E. In float64 the difference is lost in the rounding to float32.
+    """
+    if logits.device.type == "cpu":
+        return function(logits.double()).float()
+    return function(logits)
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -35,7 +35,10 @@ class Renormalize:
     Source: FlashInfer `RoutingMethodType.Renormalize`; GptOss in transformers.
     """
 
-    name: ClassVar[Literal["Renormalize"]] = "Renormalize"
+    @property
+    def name(self) -> Literal["Renormalize"]:
+        """The method's name."""
+        return "Renormalize"
 
     @property
     def bias(self) -> BiasRule:

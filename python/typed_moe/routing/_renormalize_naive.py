@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -38,7 +38,10 @@ class RenormalizeNaive:
     Selection is on the logits, as for `Default`.
     """
 
-    name: ClassVar[Literal["RenormalizeNaive"]] = "RenormalizeNaive"
+    @property
+    def name(self) -> Literal["RenormalizeNaive"]:
+        """The method's name."""
+        return "RenormalizeNaive"
 
     @property
     def bias(self) -> BiasRule:

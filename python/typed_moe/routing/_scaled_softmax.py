@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -40,9 +40,13 @@ class ScaledSoftmax:
     Source: DeepseekV2TopkRouter in transformers. No fused kernel knows it.
     """
 
-    name: ClassVar[Literal["ScaledSoftmax"]] = "ScaledSoftmax"
     norm_topk_prob: bool = attrs.field(validator=attrs.validators.instance_of(bool))
     routed_scaling_factor: float = attrs.field(validator=_settings.factor)
+
+    @property
+    def name(self) -> Literal["ScaledSoftmax"]:
+        """The method's name."""
+        return "ScaledSoftmax"
 
     @property
     def bias(self) -> BiasRule:

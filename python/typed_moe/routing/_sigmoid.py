@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
 from torch import Tensor
 
 from typed_moe.routing._limits import plain_in_kernel
-from typed_moe.routing._ops import check_inputs, float_logits, routed, top_k_ids
+from typed_moe.routing._ops import check_inputs, float_logits, routed, score, top_k_ids
 from typed_moe.routing._records import (
     BiasRule,
     InKernel,
@@ -37,7 +37,10 @@ class Sigmoid:
     Source: FlashInfer `RoutingMethodType.Sigmoid`.
     """
 
-    name: ClassVar[Literal["Sigmoid"]] = "Sigmoid"
+    @property
+    def name(self) -> Literal["Sigmoid"]:
+        """The method's name."""
+        return "Sigmoid"
 
     @property
     def bias(self) -> BiasRule:
@@ -77,6 +80,6 @@ class Sigmoid:
         """sigmoid, then the k best. See `RoutingStrategy.select_experts`."""
         check_inputs(self.name, router_logits, e_score_correction_bias, shape=shape, bias=self.bias)
         logits, usable = float_logits(router_logits)
-        scores = logits.sigmoid()
+        scores = score(torch.sigmoid, logits)
         ids = top_k_ids(scores, shape.top_k)
         return routed(ids, scores.gather(-1, ids), usable)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
 from torch import Tensor
 
 from typed_moe.routing._limits import plain_in_kernel
-from typed_moe.routing._ops import SUM_EPSILON, check_inputs, float_logits, routed, top_k_ids
+from typed_moe.routing._ops import SUM_EPSILON, check_inputs, float_logits, routed, score, top_k_ids
 from typed_moe.routing._records import (
     BiasRule,
     InKernel,
@@ -36,7 +36,10 @@ class SigmoidRenorm:
     Source: FlashInfer `RoutingMethodType.SigmoidRenorm`.
     """
 
-    name: ClassVar[Literal["SigmoidRenorm"]] = "SigmoidRenorm"
+    @property
+    def name(self) -> Literal["SigmoidRenorm"]:
+        """The method's name."""
+        return "SigmoidRenorm"
 
     @property
     def bias(self) -> BiasRule:
@@ -76,7 +79,7 @@ class SigmoidRenorm:
         """sigmoid, the k best, divided by their sum. See `RoutingStrategy.select_experts`."""
         check_inputs(self.name, router_logits, e_score_correction_bias, shape=shape, bias=self.bias)
         logits, usable = float_logits(router_logits)
-        scores = logits.sigmoid()
+        scores = score(torch.sigmoid, logits)
         ids = top_k_ids(scores, shape.top_k)
         weights = scores.gather(-1, ids)
         total = weights.sum(dim=-1, keepdim=True).clamp_min(SUM_EPSILON)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -14,6 +14,7 @@ from typed_moe.routing._ops import (
     check_inputs,
     float_logits,
     routed,
+    score,
     sqrt_softplus,
     top_k_ids,
 )
@@ -46,12 +47,16 @@ class SqrtSoftplus:
     Source: DeepseekV4TopKRouter in transformers. No fused kernel knows it.
     """
 
-    name: ClassVar[Literal["SqrtSoftplus"]] = "SqrtSoftplus"
     routed_scaling_factor: float = attrs.field(default=1.0, validator=_settings.factor)
     router_logits_dtype: torch.dtype | None = None
 
     def __attrs_post_init__(self) -> None:
         _settings.check_logits_dtype(self.router_logits_dtype)
+
+    @property
+    def name(self) -> Literal["SqrtSoftplus"]:
+        """The method's name."""
+        return "SqrtSoftplus"
 
     @property
     def bias(self) -> BiasRule:
@@ -95,7 +100,7 @@ class SqrtSoftplus:
         )
         assert e_score_correction_bias is not None  # check_inputs has refused None
         logits, usable = float_logits(router_logits)
-        scores = sqrt_softplus(logits)
+        scores = score(sqrt_softplus, logits)
         ids = top_k_ids(scores + e_score_correction_bias.float(), shape.top_k)
         weights = scores.gather(-1, ids)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + SUM_EPSILON)

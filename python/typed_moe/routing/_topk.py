@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -35,7 +35,10 @@ class TopK:
     Source: FlashInfer `RoutingMethodType.TopK`.
     """
 
-    name: ClassVar[Literal["TopK"]] = "TopK"
+    @property
+    def name(self) -> Literal["TopK"]:
+        """The method's name."""
+        return "TopK"
 
     @property
     def bias(self) -> BiasRule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -34,7 +34,10 @@ class TopKSigmoid:
     Source: FlashInfer `RoutingMethodType.TopKSigmoid` (0.6.18 and later).
     """
 
-    name: ClassVar[Literal["TopKSigmoid"]] = "TopKSigmoid"
+    @property
+    def name(self) -> Literal["TopKSigmoid"]:
+        """The method's name."""
+        return "TopKSigmoid"
 
     @property
     def bias(self) -> BiasRule:
