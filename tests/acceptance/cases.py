@@ -83,9 +83,7 @@ PLAIN = tuple(
 )
 """The methods with neither bias nor settings."""
 
-LLAMA4 = Case(
-    id="Llama4", strategy=Llama4(), rule=oracle.RULES["Llama4"], num_experts=128, top_k=1
-)
+LLAMA4 = Case(id="Llama4", strategy=Llama4(), rule=oracle.RULES["Llama4"], num_experts=128, top_k=1)
 
 BIASED = (
     Case(

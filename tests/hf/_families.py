@@ -43,6 +43,8 @@ class Family:
         layout: how the model holds its experts in memory. `STACKED` stands for nemotron_h's
             `up_proj` and `down_proj`, which it has without the ending `.weight`.
         hash_layers: MoE layers that take their experts from a table; they stay the model's.
+        saved_layout: how transformers saves the experts, where not as they were published.
+        saved_root: what transformers writes before the published tensor names.
     """
 
     folder: str
@@ -58,6 +60,8 @@ class Family:
     pair: bool = False
     layout: CheckpointLayout = CheckpointLayout.FUSED
     hash_layers: tuple[int, ...] = ()
+    saved_layout: CheckpointLayout | None = None
+    saved_root: str = ""
 
 
 VOCABULARY = 64
@@ -151,6 +155,7 @@ QWEN3_5_MOE = Family(
     model_type="qwen3_5_moe_text",
     settings={**_QWEN_SHARED, **_LINEAR_ATTENTION},
     shared="shared_expert",
+    saved_layout=CheckpointLayout.SEPARATE,
 )
 DEEPSEEK_V2 = Family(
     folder="deepseek_v2",
@@ -194,6 +199,7 @@ DEEPSEEK_V4 = Family(
     },
     shared="shared_experts",
     hash_layers=(0,),
+    saved_root="model.",
 )
 GLM4_MOE = Family(
     folder="glm4_moe",

@@ -84,6 +84,13 @@ class SwappedMoe(nn.Module):
         return (output, None) if self.family.pair else output
 
 
+def block_output(block: nn.Module, family: Family, x: Tensor) -> Tensor:
+    """(T, H) of the model's own block."""
+    outputs = block(x.unsqueeze(0))
+    output: Tensor = outputs[0] if family.pair else outputs
+    return output.reshape(x.shape)
+
+
 def correction_bias(block: nn.Module) -> Tensor | None:
     """A block's `e_score_correction_bias`, which some keep in the router; None if it has none."""
     for name, tensor in block.state_dict().items():

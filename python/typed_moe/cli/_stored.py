@@ -67,7 +67,13 @@ class StoredWeights:
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """(name below the experts' prefix, tensor as stored)."""
-        yield from self.checkpoint.under(self.spec.experts_prefix)
+        spec = self.spec
+        # Step's router is in the same place as its experts.
+        routers = (spec.gate_name, spec.gate_bias_name, spec.correction_bias_name)
+        others = {name.removeprefix(f"{spec.experts_prefix}.") for name in routers if name}
+        for name, tensor in self.checkpoint.under(spec.experts_prefix):
+            if name not in others:
+                yield name, tensor
         if self.num_fused_shared_experts:
             yield from self._shared_stream()
 
