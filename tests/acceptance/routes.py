@@ -18,16 +18,14 @@ from tests.acceptance.cases import CASES, Case
 from typed_moe import (
     FusedMoE,
     InKernel,
-    KernelRules,
-    ReferenceKernel,
     Relu2,
     RoutingForm,
     RoutingShape,
     RoutingStrategy,
 )
-from typed_moe.kernels import FromLogits, KernelRequest
+from typed_moe.kernels import FromLogits
 from typed_moe.kernels._reference_routing import METHODS, route
-from typed_moe.routing import Refused
+from typed_moe.kernels.reference import REFERENCE_RULES
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -91,21 +89,9 @@ def layer_precomputed(case: Case, logits: Tensor, bias: Tensor | None) -> Chosen
 def told_by(case: Case) -> InKernel:
     """What the strategy tells the reference kernel."""
     shape = RoutingShape(num_experts=case.num_experts, top_k=case.top_k)
-    told = case.strategy.in_kernel(shape, reference_rules(case))
+    told = case.strategy.in_kernel(shape, REFERENCE_RULES)
     assert isinstance(told, InKernel), told
     return told
-
-
-def reference_rules(case: Case) -> KernelRules:
-    """The reference kernel's facts for a layer of the case's size."""
-    rules = ReferenceKernel().rules(request_of(case))
-    assert not isinstance(rules, Refused)
-    return rules
-
-
-def request_of(case: Case) -> KernelRequest:
-    """The request of a small layer with the case's routing."""
-    return layer_of(case.strategy, case.num_experts, case.top_k).plan.request
 
 
 def layer_of(

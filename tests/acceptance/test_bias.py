@@ -9,8 +9,9 @@ import torch
 import typed_moe
 from tests.acceptance import checks
 from tests.acceptance.cases import CASES, WITH_BIAS, Case, find
-from tests.acceptance.routes import Route, direct, layer_of, reference_rules, routes
+from tests.acceptance.routes import Route, direct, layer_of, routes
 from typed_moe import BiasedSigmoid, DeepSeekV3, InKernel, KernelRules, MiniMax2, RoutingShape
+from typed_moe.kernels.reference import REFERENCE_RULES
 from typed_moe.routing import MethodRules, Refused, Tier
 
 BIASED_ROUTES = [
@@ -165,8 +166,6 @@ def test_acceptance_61_rounded_logits_need_leave(strategy: DeepSeekV3 | BiasedSi
 
 def test_acceptance_61_the_reference_kernel_rounds_no_bias() -> None:
     """sglang#37133: float32 biases reach the reference kernel as they are stored."""
-    told = DeepSeekV3().in_kernel(
-        RoutingShape(num_experts=256, top_k=8), reference_rules(find("MiniMax2"))
-    )
+    told = DeepSeekV3().in_kernel(RoutingShape(num_experts=256, top_k=8), REFERENCE_RULES)
     assert isinstance(told, InKernel)
     assert told.bias_dtype is None

@@ -39,8 +39,6 @@ from tests.hf._models import BIAS_SPREAD, GATE_SPREAD, config_of, model_of
 from typed_moe import RoutingShape, RoutingStrategy, strategy_for
 from typed_moe.models import HasToDict
 
-ROWS, CHUNK = 100_000, 10_000
-
 SIZES: Mapping[Family, tuple[int, int]] = {
     MIXTRAL: (8, 2),
     OLMOE: (64, 8),
@@ -140,21 +138,38 @@ def _text(config: HasToDict) -> HasToDict:
     return text
 
 
-def rows(router: Router) -> Iterator[Tensor]:
-    """ROWS router inputs in chunks: half through a random gate, half as adverse logits."""
-    experts = router.shape.num_experts
+def rows(router: Router, count: int) -> Iterator[Tensor]:
+    """`count` router inputs in ten chunks: half through a random gate, half adverse logits."""
+    experts, size = router.shape.num_experts, count // 10
     weight = router.module.get_parameter("weight")
     weight.normal_(0.0, GATE_SPREAD / math.sqrt(experts))
-    for _ in range(ROWS // CHUNK // 2):
-        yield torch.randn(CHUNK, experts)
+    for _ in range(5):
+        yield torch.randn(size, experts)
     weight.copy_(torch.eye(experts))  # the logits are the input
-    yield -5.0 * torch.rand(CHUNK, experts) - 0.1  # all negative
-    yield 0.05 * torch.randn(CHUNK, experts)  # all alike
-    yield GATE_SPREAD * torch.randn(CHUNK, experts) - 20.0  # sigmoids of 1e-9
-    yield GATE_SPREAD * torch.randn(CHUNK, experts) + 3.0  # most sigmoids near 1
+    yield -5.0 * torch.rand(size, experts) - 0.1  # all negative
+    yield 0.05 * torch.randn(size, experts)  # all alike
+    yield GATE_SPREAD * torch.randn(size, experts) - 20.0  # sigmoids of 1e-9
+    yield GATE_SPREAD * torch.randn(size, experts) + 3.0  # most sigmoids near 1
     # Float32 sigmoids tie above 17, so a rule that ranks by them alone is shown none of those.
     wide = 1.0 if router.routing.name == "SigmoidRenorm" else 6.0
-    yield wide * torch.randn(CHUNK, experts)
+    yield wide * torch.randn(size, experts)
+
+
+def rule_of(routing: RoutingStrategy) -> oracle.Rule:
+    """What the oracle ranks by for a strategy; its weights are left plain."""
+    return replace(
+        oracle.RULES[routing.name],
+        saturates=False,
+        num_expert_group=getattr(routing, "num_expert_group", 1),
+        topk_group=getattr(routing, "topk_group", 1),
+        group_score=getattr(routing, "group_score", "top2_sum"),
+    )
+
+
+def choice_of(case: Case) -> tuple[object, ...]:
+    """What decides a case's experts, its weights apart: cases with the same choose alike."""
+    rule = rule_of(case.routing)
+    return case.family, rule.rank, rule.biased, rule.num_expert_group, rule.group_score
 
 
 def decided(router: Router, logits: Tensor) -> Tensor:
@@ -164,12 +179,5 @@ def decided(router: Router, logits: Tensor) -> Tensor:
     and bias; a row is decided where the k-th best expert, and the last kept group, stay above
     the next one by more than that.
     """
-    routing = router.routing
-    rule = replace(
-        oracle.RULES[routing.name],
-        saturates=False,
-        num_expert_group=getattr(routing, "num_expert_group", 1),
-        topk_group=getattr(routing, "topk_group", 1),
-        group_score=getattr(routing, "group_score", "top2_sum"),
-    )
+    rule = rule_of(router.routing)
     return oracle.route(rule, logits, router.bias, router.shape.top_k).decided

@@ -69,7 +69,7 @@ def test_experts_from_a_saved_checkpoint(case: Case, saved: Checkpoint) -> None:
     x = torch.randn(16, 32)
     for layer in model.layers:
         ours = _loaded(model, layer, saved)
-        assert (ours(x) - block_output(ours.block, case.family, x)).abs().max() <= 1e-5
+        assert (ours.combined(x) - block_output(ours.block, case.family, x)).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("case", FAMILIES, ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def random_experts(
     """Float32 experts whose outputs are of the size of their inputs."""
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(count, rows, columns) * 2.0 / columns**0.5
+        return torch.randn(count, rows, columns).mul(2.0 / math.sqrt(columns))
 
     def vector(rows: int) -> Tensor | None:
         return torch.randn(count, rows) if biases else None
@@ -88,11 +90,11 @@ class Build:
     top_k: int = 2
     hidden_size: int = 16
     intermediate_size: int = 12
-    quant: Format = Unquantized()
-    activation: Activation = Swiglu()
+    quant: Format = attrs.field(factory=Unquantized)
+    activation: Activation = attrs.field(factory=Swiglu)
     num_fused_shared_experts: int = 0
     has_bias: bool = False
-    placement: Placement = Placement()
+    placement: Placement = attrs.field(factory=Placement)
     kernel: MoeKernel | None = None
     routing_form: RoutingForm | None = None
     prefix: str = ""
