@@ -215,9 +215,9 @@ def test_more_than_the_memory_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 
 def test_available_memory_is_what_the_system_says() -> None:
     """Of this machine: more than nothing, not more than there is."""
-    whole = dict(
-        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()
-    )["MemTotal"]
+    whole = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())[
+        "MemTotal"
+    ]
 
     found = _memory.available_bytes()
 

@@ -232,7 +232,9 @@ def test_drawn_logits_are_spread_and_in_the_gates_dtype() -> None:
             num_fused_shared_experts=0,
             seed=0,
         )
-        logits = router_logits(spec, draw_tokens(256, 512, 512, seed=0).router_input, weights.gate())
+        logits = router_logits(
+            spec, draw_tokens(256, 512, 512, seed=0).router_input, weights.gate()
+        )
 
         assert logits.dtype is dtype
         assert float(logits.float().std()) == pytest.approx(LOGITS_STD, rel=0.05)

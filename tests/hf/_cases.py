@@ -332,9 +332,7 @@ BIASED_CASES = (
         STEP3P7,
         STEP,
         MiniMax2(routed_scaling_factor=3.0),
-        drops(
-            bias=None, scale=MiniMax2(), renorm=BiasedSigmoid(routed_scaling_factor=3.0)
-        ),
+        drops(bias=None, scale=MiniMax2(), renorm=BiasedSigmoid(routed_scaling_factor=3.0)),
     ),
     Case(
         "deepseek_v4",
@@ -342,7 +340,10 @@ BIASED_CASES = (
         V4,
         SqrtSoftplus(routed_scaling_factor=1.5),
         drops(
-            bias=None, scale=SqrtSoftplus(), renorm=SqrtSoftplusRaw(1.5), sqrt_softplus=v3(1, 1, 1.5)
+            bias=None,
+            scale=SqrtSoftplus(),
+            renorm=SqrtSoftplusRaw(1.5),
+            sqrt_softplus=v3(1, 1, 1.5),
         ),
     ),
     Case(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol, final
 
 import attrs
@@ -96,17 +98,23 @@ def config_of(family: Family, settings: Settings) -> HasToDict:
     return config
 
 
+def _modeling(family: Family) -> ModuleType:
+    return quiet_import(f"transformers.models.{family.folder}.modeling_{family.folder}")
+
+
 @functools.cache
-def model_of(case: Case, dtype: torch.dtype = torch.float32) -> Model:
+def model_of(case: Case) -> Model:
     """The case's model, the same for every test of a process; a test leaves it as it was."""
     family = case.family
     config = config_of(family, case.settings)
-    modeling = quiet_import(f"transformers.models.{family.folder}.modeling_{family.folder}")
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, about defaults
-        module = getattr(modeling, family.model_class)._from_config(
-            config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        module = getattr(_modeling(family), family.model_class)._from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
     module.eval().requires_grad_(False)
     model = Model(
@@ -118,6 +126,18 @@ def model_of(case: Case, dtype: torch.dtype = torch.float32) -> Model:
     for layer in moe_layer_ids(config):
         _make_routing_matter(module.get_submodule(model.path(layer)))
     return model
+
+
+def loaded_as(model: Model, dtype: torch.dtype, folder: Path) -> Model:
+    """The model saved to a folder and loaded from it in another dtype, as a user loads one."""
+    family = model.case.family
+    model.module.save_pretrained(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own, about defaults
+        module = getattr(_modeling(family), family.model_class).from_pretrained(
+            str(folder), dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+        )
+    return attrs.evolve(model, module=module.eval().requires_grad_(False))
 
 
 def _make_routing_matter(block: nn.Module) -> None:

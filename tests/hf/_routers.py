@@ -60,7 +60,6 @@ SIZES: Mapping[Family, tuple[int, int]] = {
     MISTRAL_LARGE4: (128, 4),
 }
 """Experts and top-k of a released model of the family."""
-_KIMI = (384, 8)
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -99,10 +98,15 @@ class Router:
         return logits, ids, weights * self.output_scale
 
 
+def size_of(case: Case) -> tuple[int, int]:
+    """Experts and top-k; Kimi-K2 has DeepSeek-V3's code at a size of its own."""
+    return (384, 8) if case.name == "kimi_k2" else SIZES[case.family]
+
+
 def router_of(case: Case) -> Router:
     """The case's router at the released model's size."""
     family = case.family
-    experts, top_k = _KIMI if case.name == "kimi_k2" else SIZES[family]
+    experts, top_k = size_of(case)
     count = next(name for name in _COUNTS if name in family.settings)
     settings = {**case.settings, count: experts, "hidden_size": experts}
     settings["num_experts_per_tok"] = top_k
@@ -169,7 +173,14 @@ def rule_of(routing: RoutingStrategy) -> oracle.Rule:
 def choice_of(case: Case) -> tuple[object, ...]:
     """What decides a case's experts, its weights apart: cases with the same choose alike."""
     rule = rule_of(case.routing)
-    return case.family, rule.rank, rule.biased, rule.num_expert_group, rule.group_score
+    return (
+        case.family,
+        size_of(case),
+        rule.rank,
+        rule.biased,
+        rule.num_expert_group,
+        rule.group_score,
+    )
 
 
 def decided(router: Router, logits: Tensor) -> Tensor:

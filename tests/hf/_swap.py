@@ -93,10 +93,8 @@ def block_output(block: nn.Module, family: Family, x: Tensor) -> Tensor:
 
 def correction_bias(block: nn.Module) -> Tensor | None:
     """A block's `e_score_correction_bias`, which some keep in the router; None if it has none."""
-    for name, tensor in block.state_dict().items():
-        if name.endswith(_BIAS):
-            return tensor
-    return None
+    state: dict[str, Tensor] = block.state_dict()
+    return next((tensor for name, tensor in state.items() if name.endswith(_BIAS)), None)
 
 
 def expert_tensors(block: nn.Module, family: Family) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.hf._cases import CASES, Case
-from tests.hf._families import DEEPSEEK_V4, QWEN3_5_MOE, STEP3P7
+from tests.hf._families import DEEPSEEK_V4, QWEN3_5_MOE
 from tests.hf._models import Model, model_of
 from tests.hf._swap import SwappedMoe, block_output, correction_bias, empty_experts
 from typed_moe import moe_spec
@@ -47,23 +47,7 @@ def _loaded(model: Model, layer: int, saved: Checkpoint) -> SwappedMoe:
     return SwappedMoe(block, case.family, spec, experts)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=str(case),
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="load_weights refuses gate.weight and router_bias, which Step keeps beside "
-                "the experts, below spec.experts_prefix",
-            ),
-        )
-        if case.family is STEP3P7
-        else pytest.param(case, id=str(case))
-        for case in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_experts_from_a_saved_checkpoint(case: Case, saved: Checkpoint) -> None:
     model = model_of(case)
     x = torch.randn(16, 32)

@@ -55,7 +55,7 @@ def test_same_logits(case: Case, form: RoutingForm) -> None:
 def test_same_32_greedy_tokens(case: Case) -> None:
     model, prompt = model_of(case), prompt_of()
     expected = model.greedy(prompt)
-    assert expected.unique().numel() > 5, "no repetition of one token"
+    assert len(set(expected.flatten().tolist())) > 5, "no repetition of one token"
     with swapped(model):
         got = model.greedy(prompt)
     assert torch.equal(got, expected)

@@ -128,7 +128,12 @@ CASES = [
     Case("deepseek_v32", v3(8, 4, 2.5)),
     Case("deepseek_v32", f10(8, 4, 2.5), NOT_NORM),
     Case("deepseek_v4", SqrtSoftplus(routed_scaling_factor=1.5), layer_id=3),
-    Case("deepseek_v4", v3(1, 1, 1.5), {"scoring_func": "sigmoid"}, layer_id=3),
+    Case(
+        "deepseek_v4",
+        DeepSeekV3(routed_scaling_factor=1.5, router_logits_dtype=None),
+        {"scoring_func": "sigmoid"},
+        layer_id=3,
+    ),
     Case("glm4_moe", v3(1, 1, 1.0)),
     Case("glm4_moe", f10(1, 1, 1.0), NOT_NORM),
     Case("glm4_moe", v3(4, 2, 1.0), GROUPED),

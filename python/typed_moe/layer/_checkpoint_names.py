@@ -27,6 +27,9 @@ _KINDS = ("weight", "weight_scale_inv", "weight_scale", "weight_scale_2", "input
 _NAME = re.compile(rf"^(?:(\d+)\.)?(\w+?)\.({'|'.join(_KINDS)})$")
 _FUSED = re.compile(r"^(gate_up_proj|down_proj)(?:_(bias|blocks|scales)|\.weight)?$")
 
+_BESIDE_STACKED = ("gate.weight", "router_bias")
+"""Step keeps its router's tensors beside the stacked experts; they are the model's to load."""
+
 ExpertTensors = dict[Projection, dict[str, Tensor]]
 """One expert: projection -> kind -> tensor."""
 
@@ -57,6 +60,8 @@ def read_names(
     experts: dict[int, ExpertTensors] = {}
     names: set[str] = set()
     for name, tensor in weights:
+        if layout is CheckpointLayout.STACKED and name in _BESIDE_STACKED:
+            continue
         if name in names:
             raise CheckpointError(f"{name} is given twice")
         names.add(name)

@@ -59,7 +59,8 @@ def _routing(fields: Fields, layer_id: int) -> RoutingStrategy:
         fields.note("routing", "DeepSeekV3: scoring_func = sigmoid plus bias, renormalised")
         fields.note("routing.num_expert_group", "DeepSeek-V4 has no groups")
         fields.note("routing.topk_group", "DeepSeek-V4 has no groups")
-        return DeepSeekV3(routed_scaling_factor=scale)
+        fields.note("routing.router_logits_dtype", "DeepSeek-V4's gate runs in the weights' dtype")
+        return DeepSeekV3(routed_scaling_factor=scale, router_logits_dtype=None)
     fields.note("routing", "SqrtSoftplus: scoring_func = sqrtsoftplus plus bias, renormalised")
     return SqrtSoftplus(routed_scaling_factor=scale)
 
