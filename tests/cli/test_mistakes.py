@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.calls import Cli, Done
 from tests.cli.folders import Folder, model_folder
-from typed_moe.cli import _memory
+from typed_moe.cli import _app, _memory
 
 
 def _refused(done: Done) -> str:
@@ -223,6 +223,36 @@ def test_available_memory_is_what_the_system_says() -> None:
 
     assert found is not None
     assert 0 < found <= int(whole.split()[0]) * 1024
+
+
+def test_memory_is_not_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smaller of the machine's and the container's; None, and no refusal, where neither says."""
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(_memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(_memory, "_CGROUP", limit)
+
+    assert _memory.available_bytes() is None
+    _memory.check_memory("model", 1 << 60, 1.0)
+
+    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:  70 kB\n")
+    assert _memory.available_bytes() == 70 * 1024
+    limit.write_text("max\n")
+    assert _memory.available_bytes() == 70 * 1024
+    limit.write_text("2048\n")
+    assert _memory.available_bytes() == 2048
+
+
+def test_an_interrupted_command(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control-C ends it without a traceback, with the shell's status for it."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_app, "configs", interrupted)
+
+    done = cli("configs")
+
+    assert (done.status, done.out, done.err) == (130, "", "")
 
 
 def _process(*argv: str) -> subprocess.CompletedProcess[str]:

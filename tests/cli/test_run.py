@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.cli.calls import Cli, number, part
-from typed_moe import FusedMoE, load_config, shipped_configs
-from typed_moe.cli._weights import LOGITS_STD, draw_tokens, router_logits
+from tests.cli.folders import model_folder
+from typed_moe import FusedMoE, Swiglu, load_config, moe_spec, shipped_configs
+from typed_moe.cli import _weights
+from typed_moe.cli._weights import LOGITS_STD, DrawnWeights, draw_tokens, router_logits
 from typed_moe.config import FORMATS, FormatName
 from typed_moe.quantization import relative_error_bound
 
@@ -36,8 +40,6 @@ def test_every_format_is_within_its_bound_and_is_really_used(cli: Cli, name: For
     done = cli("run", "deepseek-v3", "--quant", name, "--tokens", "32", "--json", *_SMALL)
 
     accuracy = part(done.json(), "accuracy")
-    from typed_moe import Swiglu
-
     bound = relative_error_bound(FORMATS[name], Swiglu())
     error = number(accuracy, "relative_error")
     assert done.status == 0
@@ -189,6 +191,33 @@ def test_shared_experts_that_cannot_be_fused_are_named(cli: Cli, model: str, why
     assert "fused shared" not in str(part(data, "plan")["experts"])
 
 
+def test_a_shared_expert_of_another_width_is_not_fused(cli: Cli, tmp_path: Path) -> None:
+    """48 is no multiple of the routed experts' 32."""
+    path = model_folder(
+        tmp_path, "nemotron-3-nano-30b-a3b", moe_shared_expert_intermediate_size=48
+    ).path
+
+    done = cli("run", str(path), "--tokens", "4", "--fused-shared", "--json")
+
+    assert done.status == 0
+    assert "its width 48 is no multiple of an expert's, 32" in str(done.json()["notes"])
+
+
+def test_weights_that_are_not_kept_are_drawn_again(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle reads the same values either way."""
+
+    def error() -> float:
+        done = cli("run", "gpt-oss-20b", "--tokens", "4", "--json", *_SMALL)
+        return number(part(done.json(), "accuracy"), "relative_error")
+
+    kept = error()
+    monkeypatch.setattr(_weights, "_KEPT_BYTES", 0)
+
+    assert error() == kept
+
+
 def test_a_layer_of_its_own_activation(cli: Cli) -> None:
     """Step-3.5's last layers clamp; --layer runs one of them."""
     done = cli("run", "step-3.5-flash", "--layer", "43", "--tokens", "4", "--json", *_SMALL)
@@ -219,9 +248,6 @@ def test_calibration_tokens_are_not_the_measured_ones() -> None:
 
 def test_drawn_logits_are_spread_and_in_the_gates_dtype() -> None:
     """Standard deviation about 1.5; float32 for DeepSeek-V3's gate, bfloat16 for Qwen3's."""
-    from typed_moe import moe_spec
-    from typed_moe.cli._weights import DrawnWeights
-
     for model, dtype in (("deepseek-v3", torch.float32), ("qwen3-30b-a3b", torch.bfloat16)):
         spec = moe_spec(load_config(model))
         weights = DrawnWeights(

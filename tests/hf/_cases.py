@@ -13,7 +13,10 @@ from tests.hf._families import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V4,
+    DEEPSEEK_V32,
     GLM4_MOE,
+    GLM4_MOE_LITE,
+    GLM_MOE_DSA,
     GPT_OSS,
     LLAMA4,
     MINIMAX_M2,
@@ -305,6 +308,27 @@ BIASED_CASES = (
         f10(1, 1, 2.5),
         drops(bias=None, scale=f10(1, 1, 1.0), no_renorm=v3(1, 1, 2.5)),
     ),
+    Case(
+        "glm4_moe_lite",
+        GLM4_MOE_LITE,
+        {**PLAIN, "routed_scaling_factor": 1.8},
+        v3(1, 1, 1.8),
+        drops(bias=None, scale=v3(1, 1, 1.0), renorm=f10(1, 1, 1.8)),
+    ),
+    Case(
+        "glm_moe_dsa",
+        GLM_MOE_DSA,
+        {**PLAIN, **SCALED},
+        v3(1, 1, 2.5),
+        drops(bias=None, scale=v3(1, 1, 1.0), renorm=f10(1, 1, 2.5)),
+    ),
+    Case(
+        "deepseek_v32",
+        DEEPSEEK_V32,
+        {**GROUPS, **SCALED},
+        v3(4, 2, 2.5),
+        drops(bias=None, scale=v3(4, 2, 1.0), groups=v3(1, 1, 2.5), renorm=f10(4, 2, 2.5)),
+    ),
     Case("minimax_m2", MINIMAX_M2, {}, MiniMax2(), drops(bias=None, renorm=BiasedSigmoid())),
     Case(
         "nemotron_h",
@@ -350,7 +374,7 @@ BIASED_CASES = (
         "deepseek_v4-sigmoid",
         DEEPSEEK_V4,
         {**V4, "scoring_func": "sigmoid"},
-        v3(1, 1, 1.5),
+        DeepSeekV3(routed_scaling_factor=1.5, router_logits_dtype=None),  # a gate in any dtype
         drops(bias=None, scale=v3(1, 1, 1.0), renorm=f10(1, 1, 1.5)),
     ),
 )

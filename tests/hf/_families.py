@@ -107,6 +107,7 @@ _LATENT_ATTENTION: Settings = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
+_INDEXER: Settings = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
 _QWEN: Settings = {**_EXPERTS, "moe_intermediate_size": 16, "intermediate_size": 24}
 _QWEN_SHARED: Settings = {**_QWEN, "shared_expert_intermediate_size": 24}
 _LINEAR_ATTENTION: Settings = {
@@ -171,6 +172,13 @@ DEEPSEEK_V3 = Family(
     settings={**_DEEPSEEK, **_LATENT_ATTENTION, "head_dim": 8},
     shared="shared_experts",
 )
+DEEPSEEK_V32 = Family(
+    folder="deepseek_v32",
+    model_class="DeepseekV32ForCausalLM",
+    model_type="deepseek_v32",
+    settings={**_DEEPSEEK, **_LATENT_ATTENTION, **_INDEXER},
+    shared="shared_experts",
+)
 DEEPSEEK_V4 = Family(
     folder="deepseek_v4",
     model_class="DeepseekV4ForCausalLM",
@@ -206,6 +214,25 @@ GLM4_MOE = Family(
     model_class="Glm4MoeForCausalLM",
     model_type="glm4_moe",
     settings=_DEEPSEEK,
+    shared="shared_experts",
+)
+GLM4_MOE_LITE = Family(
+    folder="glm4_moe_lite",
+    model_class="Glm4MoeLiteForCausalLM",
+    model_type="glm4_moe_lite",
+    settings={
+        **_ROUTED,
+        **_LATENT_ATTENTION,
+        "n_shared_experts": 1,
+        "mlp_layer_types": ["sparse", "sparse"],
+    },
+    shared="shared_experts",
+)
+GLM_MOE_DSA = Family(
+    folder="glm_moe_dsa",
+    model_class="GlmMoeDsaForCausalLM",
+    model_type="glm_moe_dsa",
+    settings={**_DEEPSEEK, **_LATENT_ATTENTION, **_INDEXER},
     shared="shared_experts",
 )
 MINIMAX_M2 = Family(
@@ -297,13 +324,7 @@ MISTRAL_LARGE4 = Family(
     model_class="MistralLarge4ForConditionalGeneration",
     config_class="MistralLarge4Config",
     model_type="mistral_large4_text",
-    settings={
-        **_DEEPSEEK,
-        **_LATENT_ATTENTION,
-        "index_topk": 8,
-        "index_head_dim": 16,
-        "index_n_heads": 2,
-    },
+    settings={**_DEEPSEEK, **_LATENT_ATTENTION, **_INDEXER},
     layers="model.language_model.layers",
     shared="shared_experts",
 )

@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: the process's.
 
     Returns:
-        The exit status: 0, 1 for an error beyond the bound, 2 for the user's mistakes.
+        The exit status: 0, 1 for an error beyond the bound, 2 for the user's mistakes, 130 when
+        interrupted.
     """
     try:
         status: object = app(args=argv, prog_name="typed-moe", standalone_mode=False)
@@ -171,7 +172,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message:
             sys.stderr.write(f"error: {message}\n")
         return error.exit_code
-    except typer.Abort:
-        sys.stderr.write("error: interrupted\n")
-        return 130
     return status if isinstance(status, int) else 0

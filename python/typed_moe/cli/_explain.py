@@ -11,7 +11,7 @@ import attrs
 import torch
 from rich.console import Console
 
-from typed_moe.cli._errors import UserError, user_errors
+from typed_moe.cli._errors import user_errors
 from typed_moe.cli._model import Model, read_format, read_model, read_spec
 from typed_moe.cli._output import (
     Fact,
@@ -118,14 +118,13 @@ def _without_names(spec: MoeSpec) -> MoeSpec:
 
 
 def _num_layers(model: Model) -> int:
-    """Decoder layers; `moe_spec` has read the same field."""
+    """Decoder layers, from the field that `moe_spec` has read."""
     config: Mapping[str, object] = model.config
     nested = config.get("text_config")
     if isinstance(nested, Mapping):
         config = nested
     count = config.get("num_hidden_layers")
-    if not isinstance(count, int):
-        raise UserError(f"{model.name}: num_hidden_layers is {count!r}; allowed: a whole number")
+    assert isinstance(count, int), "moe_spec refuses anything else"
     return count
 
 

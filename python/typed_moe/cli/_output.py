@@ -30,8 +30,11 @@ def print_json(data: Mapping[str, object]) -> None:
 
 
 def print_title(console: Console, name: str, about: str) -> None:
-    """The first line of an output or of one of its parts."""
-    console.print(Text.assemble((name, "bold"), f"  {about}" if about else ""), soft_wrap=True)
+    """The first line of an output or of one of its parts, folded where it is too long."""
+    lines = textwrap.wrap(f"{name}  {about}".rstrip(), console.width, subsequent_indent="    ")
+    text = Text("\n".join(lines))
+    text.stylize("bold", 0, len(name))
+    console.print(text, soft_wrap=True)
 
 
 def print_heading(console: Console, text: str) -> None:

@@ -86,12 +86,12 @@ class StoredWeights:
         return weight, self._checked(self.spec.gate_bias_name, shape[:1])
 
     def correction_bias(self) -> Tensor | None:
-        """As stored; zeros where the strategy reads one and the model has none."""
+        """As stored."""
         if self.spec.routing.bias is BiasRule.NONE:
             return None
-        if self.spec.correction_bias_name is None:
-            return torch.zeros(self.spec.num_experts)
-        return self.checkpoint.tensor(self.spec.correction_bias_name)
+        name = self.spec.correction_bias_name
+        assert name is not None, "a family whose strategy reads a bias names it"
+        return self.checkpoint.tensor(name)
 
     def for_oracle(self) -> OracleExperts:
         """Every expert's plain values, read again, one at a time."""
@@ -200,16 +200,18 @@ class StoredWeights:
         """The shared expert cut into experts of the routed width."""
         count, first = self.num_fused_shared_experts, self.spec.num_experts
         for name, tensor in self.checkpoint.under(self._shared_prefix()):
-            down = name.startswith(("down_proj", "w2"))
-            axis = 1 if down else 0
-            if tensor.dim() != 2 or tensor.shape[axis] % count:
-                if count > 1:
-                    raise CheckpointError(
-                        f"{name} of the shared expert has shape {tuple(tensor.shape)}, which "
-                        f"does not cut into {count} experts; leave out --fused-shared"
-                    )
+            if count == 1:
                 yield f"{first}.{name}", tensor
                 continue
+            axis = 1 if name.startswith(("down_proj", "w2")) else 0
+            # A cut through a block of 128 would need a scale on both of its sides.
+            whole = name.endswith(".weight") or self.spec.intermediate_size % 128 == 0
+            if tensor.dim() != 2 or tensor.shape[axis] % count or not whole:
+                raise CheckpointError(
+                    f"{name} of the shared expert has shape {tuple(tensor.shape)} and does not "
+                    f"cut into {count} experts that are {self.spec.intermediate_size} wide; leave "
+                    "out --fused-shared"
+                )
             for slot, part in enumerate(tensor.chunk(count, dim=axis)):
                 yield f"{first + slot}.{name}", part
 
