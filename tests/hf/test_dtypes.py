@@ -100,6 +100,21 @@ def test_the_correction_bias_stays_float32(model: Model) -> None:
 
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_a_bf16_model_runs(model: Model) -> None:
-    """No strategy refuses the logits that its own model's gate gives."""
-    with swapped(model):
+    """The gate gives what the spec says, and no strategy refuses its own model's logits."""
+    with swapped(model) as blocks:
+        for one in blocks:
+            dtype = torch.float32 if one.spec.router_weight_fp32 else torch.bfloat16
+            assert one.router_logits(torch.randn(2, 32).bfloat16()).dtype is dtype
         assert model.logits(prompt_of()).isfinite().all()
+
+
+def test_step_asks_for_the_float32_gate_that_transformers_ignores(tmp_path: Path) -> None:
+    """The released config says need_fp32_gate; transformers 5.23 runs the gate in bfloat16."""
+    case = CASE["step3p7"]
+    case = attrs.evolve(case, settings={**case.settings, "need_fp32_gate": True})
+    model = loaded_as(model_of(case), torch.bfloat16, tmp_path)
+    with swapped(model) as blocks:
+        assert blocks[0].spec.router_weight_fp32
+        assert blocks[0].router_logits(torch.randn(2, 32).bfloat16()).dtype is torch.bfloat16
+        with pytest.raises(TypeError, match=r"router_logits of torch\.float32"):
+            model.logits(prompt_of())

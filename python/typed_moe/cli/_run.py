@@ -185,7 +185,12 @@ class _Inputs:
 
 
 def _nbytes(layer: FusedMoE) -> int:
-    return sum(tensor.nbytes for tensor in layer.parameters())
+    """Of the parameters, and of what looking for NaN in the largest takes besides.
+
+    `isfinite` of a whole parameter makes its magnitudes and three masks.
+    """
+    largest = max(tensor.nbytes + 3 * tensor.numel() for tensor in layer.parameters())
+    return sum(tensor.nbytes for tensor in layer.parameters()) + largest
 
 
 def _shared(options: RunOptions, spec: MoeSpec) -> tuple[int, list[str]]:
