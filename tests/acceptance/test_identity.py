@@ -95,7 +95,6 @@ def test_acceptance_42_no_tokens(name: FormatName, form: RoutingForm) -> None:
         """A kernel that must not run."""
 
         name = "forbidden"
-        gate_first = True
 
         def rules(self, request: object) -> object:
             del request

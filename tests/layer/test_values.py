@@ -12,7 +12,6 @@ from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
 from typed_moe import (
     DeepSeekV3,
     Placement,
-    ReferenceKernel,
     RenormalizeNaive,
     RoutingForm,
     UnsupportedRouting,
@@ -92,20 +91,6 @@ def test_shared_experts_are_refused_under_expert_parallelism() -> None:
     )
     with pytest.raises(UnsupportedRouting, match="added once per rank; run them unfused"):
         build.empty()
-
-
-def test_the_kernel_reads_either_row_order() -> None:
-    """`gate_first=False` is FlashInfer's order of w13: up rows, then gate rows."""
-    experts = random_experts(8, 16, 12)
-    x, logits = torch.randn(20, 16), torch.randn(20, 8)
-    layer = Build(routing=RenormalizeNaive(), kernel=ReferenceKernel(gate_first=False)).loaded(
-        experts
-    )
-    weight = layer.get_parameter("w13_weight").data
-    weight.copy_(torch.cat((weight[:, 12:], weight[:, :12]), dim=1))
-    expected = oracle.layer(RULE, experts, x, logits, None, top_k=2, act=oracle.Act())
-
-    assert relative_error(layer(x, logits), expected) < EXACT
 
 
 def test_moving_a_layer_keeps_quantised_values_and_the_bias() -> None:

@@ -88,6 +88,13 @@ def test_bias_dtypes_that_are_none(name: str) -> None:
         made(name, correction_bias_dtype=torch.float16)
 
 
+@pytest.mark.parametrize("count", [False, True, 2.0], ids=repr)
+def test_group_counts_that_are_no_int(count: object) -> None:
+    """None and 0 mean no groups; a config's false or 2.0 is a mistake."""
+    with pytest.raises(TypeError, match="num_expert_group"):
+        made("DeepSeekV3", num_expert_group=count)
+
+
 @pytest.mark.parametrize("name", ["GroupedSoftmax", "ScaledSoftmax"])
 def test_renormalisation_is_said_with_a_bool(name: str) -> None:
     """There is no default, and no truthy stand-in."""
@@ -114,7 +121,7 @@ def test_settings_are_named(name: str) -> None:
     ("num_experts", "top_k", "message"),
     [
         (0, 1, "num_experts is 0; allowed: 1 or more"),
-        (8, 0, "top_k is 0; allowed: 1 to num_experts = 8"),
+        (8, 0, "top_k is 0; allowed: 1 or more"),
         (8, 9, "top_k is 9; allowed: 1 to num_experts = 8"),
     ],
 )

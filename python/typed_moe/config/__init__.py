@@ -10,6 +10,7 @@ from typed_moe.config._activation import (
     SwigluStep,
     is_gated,
 )
+from typed_moe.config._counts import check_count
 from typed_moe.config._formats import (
     FORMATS,
     Bf16,
@@ -44,6 +45,7 @@ __all__ = [
     "Swiglu",
     "SwigluStep",
     "Unquantized",
+    "check_count",
     "is_gated",
     "weight_block",
 ]

@@ -6,6 +6,8 @@ from typing import final
 
 import attrs
 
+from typed_moe.config._counts import check_count
+
 
 @final
 @attrs.frozen(kw_only=True)
@@ -21,6 +23,7 @@ class Placement:
         ep_size, ep_rank: expert-parallel ranks, and which of them this is.
 
     Raises:
+        TypeError: a size or a rank is no int.
         ValueError: a size is below 1, or a rank is not in [0, size).
     """
 
@@ -34,9 +37,9 @@ class Placement:
             ("tp", self.tp_size, self.tp_rank),
             ("ep", self.ep_size, self.ep_rank),
         ):
-            if size < 1:
-                raise ValueError(f"{name}_size is {size}; allowed: 1 or more")
-            if not 0 <= rank < size:
+            check_count(f"{name}_size", size, least=1)
+            check_count(f"{name}_rank", rank, least=0)
+            if rank >= size:
                 raise ValueError(
                     f"{name}_rank is {rank}; allowed: 0 to {name}_size - 1 = {size - 1}"
                 )

@@ -50,11 +50,6 @@ class MoeKernel(Protocol):
         """The name that plans print."""
         ...
 
-    @property
-    def gate_first(self) -> bool:
-        """Row order of a gated first matrix: gate rows then up rows, or the other way round."""
-        ...
-
     def rules(self, request: KernelRequest) -> KernelRules | Refused:
         """What it computes for this layer, or why it cannot serve it."""
         ...

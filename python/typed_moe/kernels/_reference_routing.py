@@ -16,6 +16,8 @@ from torch import Tensor
 from typed_moe.kernels.args import FromLogits, Precomputed
 from typed_moe.routing import as_global_ids
 
+_After = Literal["nothing", "softmax", "sigmoid", "divide", "divide_biased"]
+
 
 @final
 @attrs.frozen(kw_only=True)
@@ -23,7 +25,7 @@ class _Policy:
     """What is done to the logits before the top-k, and to the chosen ones after it."""
 
     before: Literal["nothing", "softmax", "sigmoid"]
-    after: Literal["nothing", "softmax", "sigmoid", "divide"]
+    after: _After
     biased: bool = False
 
 
@@ -36,8 +38,8 @@ _POLICIES: Mapping[str, _Policy] = {
     "TopKSigmoid": _Policy(before="nothing", after="sigmoid"),
     "SigmoidRenorm": _Policy(before="sigmoid", after="divide"),
     "Llama4": _Policy(before="nothing", after="sigmoid"),
-    "DeepSeekV3": _Policy(before="sigmoid", after="divide", biased=True),
-    "MiniMax2": _Policy(before="sigmoid", after="divide", biased=True),
+    "DeepSeekV3": _Policy(before="sigmoid", after="divide_biased", biased=True),
+    "MiniMax2": _Policy(before="sigmoid", after="divide_biased", biased=True),
 }
 
 METHODS = tuple(_POLICIES)
@@ -62,6 +64,7 @@ def route(args: FromLogits, top_k: int) -> Precomputed:
     weights = _weights(policy.after, scores.gather(1, ids), divide=args.norm_topk_prob)
     if args.routed_scaling_factor is not None:
         weights = weights * args.routed_scaling_factor
+    broken = broken | ~weights.isfinite().all(-1, keepdim=True)
     weights = weights.masked_fill(broken, 0.0)
     return Precomputed(topk_ids=as_global_ids(ids.int()), topk_weights=weights)
 
@@ -73,14 +76,14 @@ def _scores(before: Literal["nothing", "softmax", "sigmoid"], logits: Tensor) ->
     return logits.double().sigmoid().float() if before == "sigmoid" else logits
 
 
-def _weights(
-    after: Literal["nothing", "softmax", "sigmoid", "divide"], chosen: Tensor, *, divide: bool
-) -> Tensor:
+def _weights(after: _After, chosen: Tensor, *, divide: bool) -> Tensor:
     if after == "softmax":
         return chosen.softmax(1)
     if after == "sigmoid":
         return chosen.sigmoid()
     if after == "divide" and divide:
+        return chosen / chosen.sum(1, keepdim=True).clamp_min(1e-20)
+    if after == "divide_biased":
         return chosen / (chosen.sum(1, keepdim=True) + 1e-20)
     return chosen
 

@@ -17,6 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from typed_moe.config import is_gated
 from typed_moe.kernels._experts_math import activate, is_gated_type, settings_of
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._reference_formats import Numerics, numerics_of
@@ -68,7 +69,7 @@ class ReferenceKernel:
 
     Attributes:
         gate_first: row order of a gated first matrix: True is gate rows then up rows, as
-            layers store them; False is FlashInfer's order.
+            layers store them; False is FlashInfer's order, for records made by hand.
         on_intermediate: called with every intermediate (n, I) float32 before it is rounded;
             calibration watches its range.
     """
@@ -82,7 +83,15 @@ class ReferenceKernel:
         return "reference"
 
     def rules(self, request: KernelRequest) -> KernelRules | Refused:
-        """It serves every layer, but for fused shared experts under expert parallelism."""
+        """It serves every layer, but for fused shared experts under expert parallelism.
+
+        And, with `gate_first=False`, but for gated ones: layers store the gate's rows first.
+        """
+        if not self.gate_first and is_gated(request.activation):
+            return Refused(
+                "gate_first=False reads the up projection's rows first and a layer stores the "
+                "gate's rows first; pass kernel=ReferenceKernel()"
+            )
         if request.num_fused_shared_experts and request.placement.ep_size > 1:
             return Refused(
                 "fused shared experts are held by every rank, so with ep_size = "

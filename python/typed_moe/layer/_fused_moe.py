@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -18,6 +18,7 @@ from typed_moe.config import (
     Placement,
     Swiglu,
     Unquantized,
+    check_count,
     is_gated,
     weight_block,
 )
@@ -242,6 +243,10 @@ class FusedMoE(nn.Module):
         names: set[str] = set()
         for name, tensor in weights:
             if name == "e_score_correction_bias":
+                if name in names:
+                    raise CheckpointError(
+                        f"{self._label()}: {name} was given twice; allowed: every tensor once"
+                    )
                 self._load_correction_bias(tensor)
                 names.add(name)
             else:
@@ -273,6 +278,7 @@ class FusedMoE(nn.Module):
                 f"{self._label()}: experts {_ranges(missing)} are missing; the checkpoint has "
                 f"{_ranges(sorted(found.experts)) or 'none'}"
             )
+        loader.forget_input_scales(parameters)
         for row, expert in enumerate(wanted):
             loader.load(parameters, row, expert, found.experts[expert])
         return set(found.names)
@@ -369,9 +375,18 @@ class FusedMoE(nn.Module):
         )
 
     @override
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        """Load as torch does, and look at the weights again before the next call."""
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        """Load as torch does, but the correction bias in the dtype that it was stored in.
+
+        The weights are looked at again before the next call.
+        """
+        bias = state_dict.get(f"{prefix}e_score_correction_bias")
+        if bias is not None and self.e_score_correction_bias is not None:
+            # torch copies into the buffer that is there, and would round to its dtype.
+            self.e_score_correction_bias = self.e_score_correction_bias.to(bias.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._validated = False
 
     @override
@@ -430,11 +445,11 @@ class FusedMoE(nn.Module):
                 f"{self._label()}: hidden_states is {hidden_states.dtype}; allowed: float32, "
                 "bfloat16, float16"
             )
-        if router_logits.dim() != 2 or router_logits.shape[0] != hidden_states.shape[0]:
+        expected = (hidden_states.shape[0], self._request.shape.num_experts)
+        if router_logits.shape != expected:
             raise ValueError(
                 f"{self._label()}: router_logits has shape {tuple(router_logits.shape)} for "
-                f"{hidden_states.shape[0]} tokens; allowed: one row per token, "
-                f"({hidden_states.shape[0]}, {self._request.shape.num_experts})"
+                f"{expected[0]} tokens; allowed: (num_tokens, num_experts) = {expected}"
             )
         devices = {hidden_states.device, router_logits.device, self._request.device}
         if len(devices) > 1:
@@ -468,8 +483,7 @@ def _check_layer(dtype: torch.dtype, hidden: int, intermediate: int, shared: int
         ("intermediate_size", intermediate, 1),
         ("num_fused_shared_experts", shared, 0),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; allowed: {least} or more")
+        check_count(name, value, least=least)
 
 
 def _check_shards(request: KernelRequest, width: int) -> None:

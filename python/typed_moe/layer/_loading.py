@@ -90,6 +90,12 @@ class ExpertLoader:
         if matrix.global_scale is not None:
             _copy(parameters[f"{prefix}_weight_scale_2"], row, matrix.global_scale)
 
+    def forget_input_scales(self, parameters: Mapping[str, Tensor]) -> None:
+        """Before the first expert of a checkpoint: static scales of other weights are no good."""
+        for name in ("w13_input_scale", "w2_input_scale"):
+            if name in parameters:
+                parameters[name].fill_(torch.nan)
+
     def _write_input_scale(
         self, parameters: Mapping[str, Tensor], prefix: str, scales: list[Tensor | None]
     ) -> None:

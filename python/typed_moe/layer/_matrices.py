@@ -44,8 +44,10 @@ class StoredMatrix:
         return dequantize_weight(self.stored, self.fmt)
 
     def rows(self, start: int, stop: int) -> StoredMatrix:
-        """The rows from start to stop, which lie on the format's block borders."""
+        """The rows from start to stop; as values where they cut through one of the blocks."""
         block = weight_block(self.fmt)[0]
+        if _cuts(block, start, stop, self.stored.data.shape[0]):
+            return self._plain(self.values()[start:stop])
         scale = self.stored.scale
         if scale is not None and scale.dim() == 2:
             scale = scale[start // block : -(-stop // block)]
@@ -54,14 +56,24 @@ class StoredMatrix:
         )
 
     def columns(self, start: int, stop: int) -> StoredMatrix:
-        """The columns from start to stop, which lie on the format's block borders."""
+        """The columns from start to stop; as values where they cut through one of the blocks."""
         block = weight_block(self.fmt)[1]
         packing = 2 if isinstance(self.fmt, Nvfp4 | MxFp4) else 1
+        if _cuts(block, start, stop, packing * self.stored.data.shape[1]):
+            return self._plain(self.values()[:, start:stop])
         scale = self.stored.scale
         if scale is not None and scale.dim() == 2:
             scale = scale[:, start // block : -(-stop // block)]
         data = self.stored.data[:, start // packing : stop // packing]
         return attrs.evolve(self, stored=replace(self.stored, data=data, scale=scale))
+
+    def _plain(self, values: Tensor) -> StoredMatrix:
+        return attrs.evolve(self, fmt=Unquantized(), stored=Quantized(data=values, scale=None))
+
+
+def _cuts(block: int, start: int, stop: int, size: int) -> bool:
+    """Whether a range's borders lie inside a block; the last block may be short."""
+    return start % block != 0 or (stop % block != 0 and stop != size)
 
 
 def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> StoredMatrix:

@@ -27,6 +27,7 @@ from typed_moe.routing._records import (
 )
 from typed_moe.routing._renormalize import Renormalize
 from typed_moe.routing._renormalize_naive import RenormalizeNaive
+from typed_moe.routing._results import check_routed
 from typed_moe.routing._scaled_softmax import ScaledSoftmax
 from typed_moe.routing._sigmoid import Sigmoid
 from typed_moe.routing._sigmoid_renorm import SigmoidRenorm
@@ -66,6 +67,7 @@ __all__ = [
     "TopKSigmoid",
     "as_global_ids",
     "check_inputs",
+    "check_routed",
     "float_logits",
     "routed",
     "top_k_ids",

@@ -9,7 +9,7 @@ from typed_moe.routing._records import RoutingShape
 
 def normal_group(value: int | None) -> int:
     """None, 0 and 1 are the same thing: no grouping. The normal form is 1."""
-    return value or 1
+    return 1 if value is None or (value == 0 and value is not False) else value
 
 
 def group_count(_: object, attribute: attrs.Attribute[int], value: int) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from typed_moe.config import check_count
+
 GlobalExpertIds = NewType("GlobalExpertIds", Tensor)
 """Expert ids of the whole layer, 0 to E - 1; -1 marks a slot to skip. int32, any shape."""
 
@@ -78,6 +80,7 @@ class RoutingShape:
     """What the layer tells a strategy: how many routed experts there are, how many are chosen.
 
     Raises:
+        TypeError: one of them is no int.
         ValueError: num_experts is below 1, or top_k is not in [1, num_experts].
     """
 
@@ -85,9 +88,9 @@ class RoutingShape:
     top_k: int
 
     def __attrs_post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ValueError(f"num_experts is {self.num_experts}; allowed: 1 or more")
-        if not 1 <= self.top_k <= self.num_experts:
+        check_count("num_experts", self.num_experts, least=1)
+        check_count("top_k", self.top_k, least=1)
+        if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k is {self.top_k}; allowed: 1 to num_experts = {self.num_experts}"
             )

@@ -26,7 +26,7 @@ from typed_moe.kernels import (
     Routing,
     append_shared,
 )
-from typed_moe.routing import Routed, as_global_ids, check_inputs
+from typed_moe.routing import Routed, as_global_ids, check_inputs, check_routed
 from typed_moe.runners._planning import Decision
 
 
@@ -121,6 +121,9 @@ def route(
         return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)
     routed = plan.strategy.select_experts(
         router_logits, e_score_correction_bias, shape=plan.request.shape
+    )
+    check_routed(
+        plan.strategy.name, routed, num_tokens=router_logits.shape[0], shape=plan.request.shape
     )
     return _precomputed(decision, routed, hidden_states)
 
