@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.models.hf import hf_config, quiet_import
-from typed_moe.models import HasToDict, moe_layer_ids, moe_spec, strategy_for
+from typed_moe.models import HasToDict, moe_layer_ids, moe_spec, num_hidden_layers, strategy_for
 from typed_moe.routing import (
     BiasedSigmoid,
     BiasRule,
@@ -313,6 +313,12 @@ def test_moe_layer_ids(config: HasToDict, layers: tuple[int, ...]) -> None:
     """Which layers are MoE, and the first one with a rule we can honour."""
     assert moe_layer_ids(config) == layers
     assert moe_spec(config).layer_id == (3 if layers == (0, 1, 2, 3) else layers[0])
+
+
+def test_layers_that_a_pattern_counts() -> None:
+    """Transformers' NemotronHConfig has no num_hidden_layers of its own choosing."""
+    assert num_hidden_layers(hf_config("nemotron_h", hybrid_override_pattern="ME*EM-")) == 6
+    assert num_hidden_layers(hf_config("deepseek_v3", num_hidden_layers=5)) == 5
 
 
 def test_nemotron_latent_size_is_the_experts_width() -> None:

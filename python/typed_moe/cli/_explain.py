@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import final
 
 import attrs
@@ -24,7 +24,13 @@ from typed_moe.cli._output import (
 from typed_moe.config import Format, Unquantized
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.layer import FusedMoE
-from typed_moe.models import MoeSpec, SharedCombination, moe_layer_ids, moe_spec, strategy_for
+from typed_moe.models import (
+    MoeSpec,
+    SharedCombination,
+    moe_layer_ids,
+    moe_spec,
+    num_hidden_layers,
+)
 from typed_moe.runners import Plan, decide
 
 
@@ -75,7 +81,7 @@ def explain(name: str, quant_name: str) -> Explanation:
     model, quant = read_model(name), read_format(quant_name)
     first = read_spec(model, None)
     moe_ids = moe_layer_ids(model.config)
-    num_layers = _num_layers(model, moe_ids)
+    num_layers = num_hidden_layers(model.config)
     groups: dict[MoeSpec, list[MoeSpec]] = {}
     refused: dict[int, str] = {}
     for layer in moe_ids:
@@ -115,24 +121,6 @@ def _without_names(spec: MoeSpec) -> MoeSpec:
         gate_bias_name=None,
         correction_bias_name=None,
     )
-
-
-def _num_layers(model: Model, moe_ids: tuple[int, ...]) -> int:
-    """Decoder layers: the field, or, where a layer pattern stands for it, the first id refused."""
-    nested = model.config.get("text_config")
-    config = nested if isinstance(nested, Mapping) else model.config
-    count = config.get("num_hidden_layers")
-    if isinstance(count, int):
-        return count
-    layer = moe_ids[-1]
-    while True:
-        try:
-            strategy_for(model.config, layer + 1)
-        except UnsupportedRouting:
-            pass
-        except ValueError:
-            return layer + 1
-        layer += 1
 
 
 def _plan(spec: MoeSpec, quant: Format) -> Plan:

@@ -77,6 +77,19 @@ def moe_layer_ids(config: ConfigLike) -> tuple[int, ...]:
     return _moe_layers(model, model.fields()).moe
 
 
+def num_hidden_layers(config: ConfigLike) -> int:
+    """How many decoder layers the model has, from its own field or its layer pattern.
+
+    Args:
+        config: as for `strategy_for`.
+
+    Raises:
+        UnsupportedRouting, ValueError, TypeError: as for `moe_layer_ids`.
+    """
+    model = _model(config)
+    return _moe_layers(model, model.fields()).num_hidden_layers
+
+
 def moe_spec(config: ConfigLike, layer_id: int | None = None) -> MoeSpec:
     """What one MoE layer of a model is: routing, sizes, activation, tensor names, sources.
 
