@@ -316,7 +316,7 @@ def test_moe_layer_ids(config: HasToDict, layers: tuple[int, ...]) -> None:
 
 
 def test_layers_that_a_pattern_counts() -> None:
-    """Transformers' NemotronHConfig has no num_hidden_layers of its own choosing."""
+    """From the pattern where there is one, from the field elsewhere."""
     assert num_hidden_layers(hf_config("nemotron_h", hybrid_override_pattern="ME*EM-")) == 6
     assert num_hidden_layers(hf_config("deepseek_v3", num_hidden_layers=5)) == 5
 
