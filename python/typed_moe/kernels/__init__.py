@@ -17,11 +17,13 @@ from typed_moe.kernels.args import (
     entry_point,
 )
 from typed_moe.kernels.reference import ReferenceKernel, append_shared
+from typed_moe.kernels.weights import ExpertWeights
 
 __all__ = [
     "ActivationType",
     "Bf16MoeArgs",
     "ExpertArgs",
+    "ExpertWeights",
     "Family",
     "Fp4MoeArgs",
     "Fp8BlockMoeArgs",

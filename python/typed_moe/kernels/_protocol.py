@@ -10,6 +10,7 @@ from torch import Tensor
 
 from typed_moe.config import Activation, Format, Placement
 from typed_moe.kernels.args import MoeArgs
+from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import KernelRules, Refused, RoutingShape
 
 
@@ -52,6 +53,15 @@ class MoeKernel(Protocol):
 
     def rules(self, request: KernelRequest) -> KernelRules | Refused:
         """What it computes for this layer, or why it cannot serve it."""
+        ...
+
+    def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
+        """The layer's weights in the kernel's own layout; the same object if that is theirs.
+
+        The layer stores them with the gate's rows first, scales row-major. A kernel that wants
+        them otherwise may write into the tensors it is given: the layer keeps what comes back
+        in their place, so that there is no second copy. Called once, before the first call.
+        """
         ...
 
     def __call__(self, args: MoeArgs, /) -> Tensor:

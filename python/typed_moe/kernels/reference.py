@@ -23,6 +23,7 @@ from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._reference_formats import Numerics, numerics_of
 from typed_moe.kernels._reference_routing import METHODS, route
 from typed_moe.kernels.args import ExpertArgs, FromLogits, MoeArgs, Precomputed
+from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import (
     GlobalExpertIds,
     GroupLimits,
@@ -99,6 +100,11 @@ class ReferenceKernel:
                 "unfused"
             )
         return REFERENCE_RULES
+
+    def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
+        """As they are."""
+        del request
+        return weights
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) float32: the sum over this rank's experts of weight * expert(x)."""

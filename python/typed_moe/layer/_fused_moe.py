@@ -23,7 +23,7 @@ from typed_moe.config import (
     weight_block,
 )
 from typed_moe.errors import CheckpointError
-from typed_moe.kernels import KernelRequest, MoeKernel, ReferenceKernel
+from typed_moe.kernels import ExpertWeights, KernelRequest, MoeKernel, ReferenceKernel
 from typed_moe.layer._checkpoint_names import read_names
 from typed_moe.layer._loading import ExpertLoader
 from typed_moe.layer._parameters import (
@@ -36,7 +36,7 @@ from typed_moe.layer._parameters import (
 from typed_moe.models import CheckpointLayout
 from typed_moe.quantization import calibration_scale
 from typed_moe.routing import BiasRule, RoutingForm, RoutingShape, RoutingStrategy
-from typed_moe.runners import ExpertWeights, Plan, decide, make_runner
+from typed_moe.runners import MoeRunner, Plan, decide, make_runner
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,6 +89,7 @@ class FusedMoE(nn.Module):
     """
 
     e_score_correction_bias: Tensor | None
+    _runner: MoeRunner | None
 
     def __init__(
         self,
@@ -138,7 +139,6 @@ class FusedMoE(nn.Module):
         self._strategy = routing
         self._decide()
         self._make_parameters()
-        self._validated = False
 
     @property
     def plan(self) -> Plan:
@@ -158,7 +158,7 @@ class FusedMoE(nn.Module):
             form=self._form,
             strict=self._strict,
         )
-        self._runner = make_runner(self._decision)
+        self._runner = None
 
     def _make_parameters(self) -> None:
         request = self._request
@@ -202,13 +202,10 @@ class FusedMoE(nn.Module):
             TypeError: a dtype that the strategy or the layer refuses.
         """
         self._check_call(hidden_states, router_logits)
-        if not self._validated and not torch.compiler.is_compiling():
-            self.validate_weights()
+        runner = self._runner if self._runner is not None else self.prepare_weights()
         if hidden_states.shape[0] == 0:
             return torch.empty_like(hidden_states)
-        return self._runner(
-            hidden_states, router_logits, self.e_score_correction_bias, self._weights()
-        )
+        return runner(hidden_states, router_logits, self.e_score_correction_bias)
 
     if TYPE_CHECKING:
 
@@ -239,6 +236,7 @@ class FusedMoE(nn.Module):
             CheckpointError: a name, shape or dtype does not fit, or an expert of this rank is
                 missing.
         """
+        self._runner = None
         experts: list[tuple[str, Tensor]] = []
         names: set[str] = set()
         for name, tensor in weights:
@@ -253,7 +251,6 @@ class FusedMoE(nn.Module):
                 experts.append((name, tensor))
         if experts:
             names |= self._load_experts(experts, layout)
-        self._validated = False
         return names
 
     def _load_experts(
@@ -328,7 +325,25 @@ class FusedMoE(nn.Module):
                 f"{self._label()}: {', '.join(broken)} hold NaN or infinite values or were never "
                 f"loaded; load them with load_weights{hint}"
             )
-        self._validated = True
+
+    def prepare_weights(self) -> MoeRunner:
+        """Look at the weights, and give them to the kernel in its own layout.
+
+        Called before the first forward pass; call it earlier to have the time spent at
+        loading. What no call changes is computed here, so after writing into a parameter by
+        hand call it again. `load_weights`, `load_state_dict`, `calibrate` and moving the layer
+        need no such call.
+
+        Returns:
+            The runner that the forward passes use.
+
+        Raises:
+            ValueError: as `validate_weights`.
+        """
+        self.validate_weights()
+        prepared = self._decision.kernel.prepare(self._weights(), self._request)
+        self._runner = make_runner(self._decision, prepared)
+        return self._runner
 
     @torch.no_grad()
     def calibrate(self, hidden_states: Tensor, router_logits: Tensor) -> None:
@@ -360,10 +375,11 @@ class FusedMoE(nn.Module):
         amax = hidden_states.abs().max().float()
         weights.w13_input_scale.data.copy_(calibration_scale(amax, quant))
         weights.w2_input_scale.data.fill_(1.0)
-        make_runner(decision)(hidden_states, router_logits, self.e_score_correction_bias, weights)
+        runner = make_runner(decision, weights)
+        runner(hidden_states, router_logits, self.e_score_correction_bias)
         widest = torch.stack(seen).max() if seen else torch.zeros(())
         weights.w2_input_scale.data.copy_(calibration_scale(widest, quant))
-        self._validated = False
+        self._runner = None
 
     @override
     def extra_repr(self) -> str:
@@ -373,6 +389,12 @@ class FusedMoE(nn.Module):
             f"num_experts={request.shape.num_experts}, top_k={request.shape.top_k}, "
             f"routing={self._strategy!r}, quant={request.quant!r}, kernel={self.plan.kernel}"
         )
+
+    @override
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, also one that is assigned; the next call makes its runner anew."""
+        super().register_parameter(name, param)
+        self._runner = None
 
     @override
     def _load_from_state_dict(
@@ -387,7 +409,7 @@ class FusedMoE(nn.Module):
             # torch copies into the buffer that is there, and would round to its dtype.
             self.e_score_correction_bias = self.e_score_correction_bias.to(bias.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._validated = False
+        self._runner = None
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMoE:
@@ -409,7 +431,7 @@ class FusedMoE(nn.Module):
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         probe = fn(torch.empty(0, dtype=request.dtype, device=request.device))
         self._request = attrs.evolve(request, device=probe.device, dtype=probe.dtype)
-        self._validated = False
+        self._runner = None
         self._decide()
         return self
 

@@ -13,7 +13,8 @@ from typed_moe.config import (
     Nvfp4,
     Unquantized,
 )
-from typed_moe.runners._base import ExpertWeights, MoeRunner, expert_args
+from typed_moe.kernels import ExpertWeights
+from typed_moe.runners._base import MoeRunner
 from typed_moe.runners._bf16 import Bf16Runner
 from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
@@ -36,17 +37,16 @@ __all__ = [
 ]
 
 
-def make_runner(decision: Decision) -> MoeRunner:
-    """The runner of the plan's format."""
-    experts = expert_args(decision)
+def make_runner(decision: Decision, weights: ExpertWeights) -> MoeRunner:
+    """The runner of the plan's format, for weights that the plan's kernel has prepared."""
     match decision.plan.request.quant:
         case Unquantized() | Bf16():
-            return Bf16Runner(decision=decision, experts=experts)
+            return Bf16Runner(decision, weights)
         case Fp8PerTensor():
-            return Fp8PerTensorRunner(decision=decision, experts=experts)
+            return Fp8PerTensorRunner(decision, weights)
         case Fp8BlockScale() | MxFp8():
-            return Fp8BlockRunner(decision=decision, experts=experts)
+            return Fp8BlockRunner(decision, weights)
         case Nvfp4() | MxFp4():
-            return Fp4Runner(decision=decision, experts=experts)
+            return Fp4Runner(decision, weights)
         case quant:
             assert_never(quant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, assert_never, final
 
 import torch
@@ -20,6 +20,7 @@ from typed_moe.config import (
 from typed_moe.kernels import (
     ActivationType,
     ExpertArgs,
+    ExpertWeights,
     FromLogits,
     MoeArgs,
     Precomputed,
@@ -30,40 +31,18 @@ from typed_moe.routing import Routed, as_global_ids, check_inputs, check_routed
 from typed_moe.runners._planning import Decision
 
 
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ExpertWeights:
-    """A layer's tensors as a runner takes them; shapes as in `typed_moe.kernels.args`.
-
-    Attributes:
-        w13_weight, w2_weight: the stored values.
-        w13_scale, w2_scale: per-group or per-matrix scales, None where the format has none.
-        w13_scale_2, w2_scale_2: NVFP4's second level, (L,) float32.
-        w13_input_scale, w2_input_scale: static activation scales, () float32.
-        w13_bias, w2_bias: (L, M) and (L, H) float32, or None.
-    """
-
-    w13_weight: Tensor
-    w2_weight: Tensor
-    w13_scale: Tensor | None = None
-    w2_scale: Tensor | None = None
-    w13_scale_2: Tensor | None = None
-    w2_scale_2: Tensor | None = None
-    w13_input_scale: Tensor | None = None
-    w2_input_scale: Tensor | None = None
-    w13_bias: Tensor | None = None
-    w2_bias: Tensor | None = None
-
-
 class MoeRunner(Protocol):
-    """**Protocol:** strategy + quantised weights -> one argument record, one kernel call."""
+    """**Protocol:** a strategy and prepared weights; a call is one argument record, one launch.
+
+    What no call changes is computed when the runner is made: a tensor that is replaced or
+    written to afterwards needs a new runner.
+    """
 
     def __call__(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        weights: ExpertWeights,
     ) -> Tensor:
         """(T, H) in the dtype of `hidden_states`; a partial sum if the rank is one of several."""
         ...
@@ -155,8 +134,8 @@ def run(decision: Decision, args: MoeArgs, inputs: CallInputs, dtype: torch.dtyp
     return output.to(dtype)
 
 
-def expert_args(decision: Decision) -> ExpertArgs:
-    """What no call changes, on the layer's device; the biases are a call's tensors."""
+def expert_args(decision: Decision, weights: ExpertWeights) -> ExpertArgs:
+    """What no call changes, on the layer's device."""
     request = decision.plan.request
     shape, place = request.shape, request.placement
     local = place.num_local_experts(shape.num_experts)
@@ -179,14 +158,9 @@ def expert_args(decision: Decision) -> ExpertArgs:
         gemm1_alpha=vector(alpha),
         gemm1_beta=vector(beta),
         gemm1_clamp_limit=vector(limit),
+        gemm1_bias=weights.w13_bias,
+        gemm2_bias=weights.w2_bias,
     )
-
-
-def with_biases(experts: ExpertArgs, weights: ExpertWeights) -> ExpertArgs:
-    """The constant arguments with the layer's bias tensors, where it has any."""
-    if weights.w13_bias is None and weights.w2_bias is None:
-        return experts
-    return replace(experts, gemm1_bias=weights.w13_bias, gemm2_bias=weights.w2_bias)
 
 
 def _activation(

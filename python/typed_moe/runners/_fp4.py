@@ -4,66 +4,64 @@ from __future__ import annotations
 
 from typing import final
 
-import attrs
-import torch
 from torch import Tensor
 
 from typed_moe.config import is_gated
-from typed_moe.kernels import ExpertArgs, Fp4MoeArgs
+from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import ExpertWeights, present, route, run, with_biases
+from typed_moe.runners._base import expert_args, present, route, run
+from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
 class Fp4Runner:
-    """E2M1 weights: NVFP4 on both operands, or MXFP4 with bfloat16 or MXFP8 activations.
+    """E2M1 weights: NVFP4 on both operands, or MXFP4 with bfloat16 or MXFP8 activations."""
 
-    Attributes:
-        decision: the plan, with the strategy and the kernel.
-        experts: the arguments that no call changes.
-    """
-
-    decision: Decision
-    experts: ExpertArgs
+    def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
+        self._decision = decision
+        self._quant = decision.plan.request.quant
+        self._experts = expert_args(decision, weights)
+        self._w13, self._w2 = weights.w13_weight, weights.w2_weight
+        self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
+        self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
+        self._input_scale = weights.w13_input_scale
+        self._scales = _scales(decision, weights)
 
     def __call__(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        weights: ExpertWeights,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self.decision, hidden_states, router_logits, e_score_correction_bias)
-        quant = self.decision.plan.request.quant
-        x = quantize_activation(inputs.hidden_states, quant, input_scale=weights.w13_input_scale)
-        first, gate, second = self._output_scales(weights)
+        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
+        scales = self._scales
         args = Fp4MoeArgs(
             routing=inputs.routing,
-            experts=with_biases(self.experts, weights),
+            experts=self._experts,
             hidden_states=x.data,
             hidden_states_scale=x.scale,
-            gemm1_weights=weights.w13_weight,
-            gemm1_weights_scale=present(weights.w13_scale, "w13_weight_scale"),
-            gemm2_weights=weights.w2_weight,
-            gemm2_weights_scale=present(weights.w2_scale, "w2_weight_scale"),
-            output1_scale_scalar=first,
-            output1_scale_gate_scalar=gate,
-            output2_scale_scalar=second,
+            gemm1_weights=self._w13,
+            gemm1_weights_scale=self._w13_scale,
+            gemm2_weights=self._w2,
+            gemm2_weights_scale=self._w2_scale,
+            output1_scale_scalar=None if scales is None else scales.first,
+            output1_scale_gate_scalar=None if scales is None else scales.gate,
+            output2_scale_scalar=None if scales is None else scales.second,
         )
-        return run(self.decision, args, inputs, hidden_states.dtype)
+        return run(self._decision, args, inputs, hidden_states.dtype)
 
-    def _output_scales(
-        self, weights: ExpertWeights
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The three output scales of NVFP4; MXFP4 has none."""
-        if weights.w13_scale_2 is None or weights.w2_scale_2 is None:
-            return None, None, None
-        x_scale = present(weights.w13_input_scale, "w13_input_scale")
-        h_scale = present(weights.w2_input_scale, "w2_input_scale")
-        gate = weights.w13_scale_2 * x_scale
-        gated = is_gated(self.decision.plan.request.activation)
-        first = (gate if gated else torch.ones_like(gate)) / h_scale
-        return first, gate, weights.w2_scale_2 * h_scale
+
+def _scales(decision: Decision, weights: ExpertWeights) -> OutputScales | None:
+    """The output scales of NVFP4; MXFP4 has none."""
+    if weights.w13_scale_2 is None or weights.w2_scale_2 is None:
+        return None
+    return output_scales(
+        weights.w13_scale_2,
+        weights.w2_scale_2,
+        present(weights.w13_input_scale, "w13_input_scale"),
+        present(weights.w2_input_scale, "w2_input_scale"),
+        gated=is_gated(decision.plan.request.activation),
+    )

@@ -4,51 +4,47 @@ from __future__ import annotations
 
 from typing import final
 
-import attrs
 from torch import Tensor
 
 from typed_moe.config import Fp8BlockScale
-from typed_moe.kernels import ExpertArgs, Fp8BlockMoeArgs
+from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import ExpertWeights, present, route, run, with_biases
+from typed_moe.runners._base import expert_args, present, route, run
 from typed_moe.runners._planning import Decision
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
 class Fp8BlockRunner:
-    """FP8 with 128x128 block scales (`Fp8BlockScale`) or E8M0 scales per 32 values (`MxFp8`).
+    """FP8 with 128x128 block scales (`Fp8BlockScale`) or E8M0 scales per 32 values (`MxFp8`)."""
 
-    Attributes:
-        decision: the plan, with the strategy and the kernel.
-        experts: the arguments that no call changes.
-    """
-
-    decision: Decision
-    experts: ExpertArgs
+    def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
+        self._decision = decision
+        self._quant = decision.plan.request.quant
+        self._deepseek = isinstance(self._quant, Fp8BlockScale)
+        self._experts = expert_args(decision, weights)
+        self._w13, self._w2 = weights.w13_weight, weights.w2_weight
+        self._w13_scale = present(weights.w13_scale, "w13 scales")
+        self._w2_scale = present(weights.w2_scale, "w2 scales")
 
     def __call__(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        weights: ExpertWeights,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self.decision, hidden_states, router_logits, e_score_correction_bias)
-        quant = self.decision.plan.request.quant
-        deepseek = isinstance(quant, Fp8BlockScale)
-        x = quantize_activation(inputs.hidden_states, quant)
+        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        x = quantize_activation(inputs.hidden_states, self._quant)
         x_scale = present(x.scale, "activation scales")
         args = Fp8BlockMoeArgs(
             routing=inputs.routing,
-            experts=with_biases(self.experts, weights),
+            experts=self._experts,
             hidden_states=x.data,
-            hidden_states_scale=x_scale.T if deepseek else x_scale,
-            gemm1_weights=weights.w13_weight,
-            gemm1_weights_scale=present(weights.w13_scale, "w13 scales"),
-            gemm2_weights=weights.w2_weight,
-            gemm2_weights_scale=present(weights.w2_scale, "w2 scales"),
-            fp8_quantization_type="DeepSeekFp8" if deepseek else "MxFp8",
+            hidden_states_scale=x_scale.T if self._deepseek else x_scale,
+            gemm1_weights=self._w13,
+            gemm1_weights_scale=self._w13_scale,
+            gemm2_weights=self._w2,
+            gemm2_weights_scale=self._w2_scale,
+            fp8_quantization_type="DeepSeekFp8" if self._deepseek else "MxFp8",
         )
-        return run(self.decision, args, inputs, hidden_states.dtype)
+        return run(self._decision, args, inputs, hidden_states.dtype)

@@ -1,55 +1,53 @@
-"""FP8 weights with one scale per matrix, FP8 activations with a static scale."""
+"""FP8 with one scale per tensor, static for activations too."""
 
 from __future__ import annotations
 
 from typing import final
 
-import attrs
-import torch
 from torch import Tensor
 
 from typed_moe.config import Fp8PerTensor, is_gated
-from typed_moe.kernels import ExpertArgs, Fp8PerTensorMoeArgs
+from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import ExpertWeights, present, route, run, with_biases
+from typed_moe.runners._base import expert_args, present, route, run
+from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
 
 
 @final
-@attrs.frozen(kw_only=True, eq=False)
 class Fp8PerTensorRunner:
-    """FP8 with one static scale per tensor.
+    """FP8 with one static scale per tensor."""
 
-    Attributes:
-        decision: the plan, with the strategy and the kernel.
-        experts: the arguments that no call changes.
-    """
-
-    decision: Decision
-    experts: ExpertArgs
+    def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
+        self._decision = decision
+        self._experts = expert_args(decision, weights)
+        self._w13, self._w2 = weights.w13_weight, weights.w2_weight
+        self._input_scale = present(weights.w13_input_scale, "w13_input_scale")
+        self._scales = output_scales(
+            present(weights.w13_scale, "w13_weight_scale"),
+            present(weights.w2_scale, "w2_weight_scale"),
+            self._input_scale,
+            present(weights.w2_input_scale, "w2_input_scale"),
+            gated=is_gated(decision.plan.request.activation),
+        )
 
     def __call__(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        weights: ExpertWeights,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self.decision, hidden_states, router_logits, e_score_correction_bias)
-        x_scale = present(weights.w13_input_scale, "w13_input_scale")
-        h_scale = present(weights.w2_input_scale, "w2_input_scale")
-        first = present(weights.w13_scale, "w13_weight_scale") * x_scale
-        gated = is_gated(self.decision.plan.request.activation)
-        x = quantize_activation(inputs.hidden_states, Fp8PerTensor(), input_scale=x_scale)
+        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        x = quantize_activation(inputs.hidden_states, Fp8PerTensor(), input_scale=self._input_scale)
         args = Fp8PerTensorMoeArgs(
             routing=inputs.routing,
-            experts=with_biases(self.experts, weights),
+            experts=self._experts,
             hidden_states=x.data,
-            gemm1_weights=weights.w13_weight,
-            output1_scales_scalar=(first if gated else torch.ones_like(first)) / h_scale,
-            output1_scales_gate_scalar=first,
-            gemm2_weights=weights.w2_weight,
-            output2_scales_scalar=present(weights.w2_scale, "w2_weight_scale") * h_scale,
+            gemm1_weights=self._w13,
+            output1_scales_scalar=self._scales.first,
+            output1_scales_gate_scalar=self._scales.gate,
+            gemm2_weights=self._w2,
+            output2_scales_scalar=self._scales.second,
         )
-        return run(self.decision, args, inputs, hidden_states.dtype)
+        return run(self._decision, args, inputs, hidden_states.dtype)
