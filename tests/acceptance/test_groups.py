@@ -26,9 +26,9 @@ from typed_moe.kernels import flashinfer_facts
 
 FLASHINFER = KernelRules(
     kernel="trtllm_bf16_moe",
-    methods=flashinfer_facts.METHODS,
+    methods=flashinfer_facts.methods((0, 7, 2))[0],
     weight_on_input=False,
-    source=flashinfer_facts.VERSION,
+    source=flashinfer_facts.NEWEST,
 )
 
 

@@ -1,5 +1,6 @@
 """Room 4: argument records, the facts of kernels, and the reference kernel."""
 
+from typed_moe.kernels._activation_arguments import activation_arguments
 from typed_moe.kernels._protocol import KernelRequest, MoeKernel
 from typed_moe.kernels._reference_routing import route as route_reference
 from typed_moe.kernels.args import (
@@ -16,6 +17,8 @@ from typed_moe.kernels.args import (
     Routing,
     entry_point,
 )
+from typed_moe.kernels.flashinfer import FlashInferKernel, installed_flashinfer
+from typed_moe.kernels.flashinfer import layer_refusal as flashinfer_layer_refusal
 from typed_moe.kernels.reference import ReferenceKernel, append_shared
 from typed_moe.kernels.weights import ExpertWeights
 
@@ -25,6 +28,7 @@ __all__ = [
     "ExpertArgs",
     "ExpertWeights",
     "Family",
+    "FlashInferKernel",
     "Fp4MoeArgs",
     "Fp8BlockMoeArgs",
     "Fp8PerTensorMoeArgs",
@@ -35,7 +39,10 @@ __all__ = [
     "Precomputed",
     "ReferenceKernel",
     "Routing",
+    "activation_arguments",
     "append_shared",
     "entry_point",
+    "flashinfer_layer_refusal",
+    "installed_flashinfer",
     "route_reference",
 ]

@@ -59,8 +59,9 @@ class MoeKernel(Protocol):
         """The layer's weights in the kernel's own layout; the same object if that is theirs.
 
         The layer stores them with the gate's rows first, scales row-major. A kernel that wants
-        them otherwise may write into the tensors it is given: the layer keeps what comes back
-        in their place, so that there is no second copy. Called once, before the first call.
+        them otherwise writes into the tensors it is given, or gives others back, and returns a
+        new record: the layer keeps what comes back in their place, so that there is no second
+        copy. Called once after loading, before the first call.
         """
         ...
 

@@ -1,20 +1,21 @@
-"""What FlashInfer's trtllm MoE entry points take, as data.
+"""What FlashInfer's trtllm MoE entry points take, as data, for releases from 0.5.0 on.
 
-Version: 0.7.2.post1. Sources: the wheel's `fused_moe/core.py` (arguments),
-`RoutingCustomPolicy.cuh:820-900` (compiled tiers), `trtllm_fused_moe_routing_deepseek.cu`
-and `..._routing_llama4.cu` (kernel limits), `trtllm_fused_moe_kernel_launcher.cu` (checks).
-The limits of from-logits routing were run against the real kernels on an H100, 2026-11-23.
+Sources: the wheels of 0.5.0, 0.5.3, 0.6.0, 0.6.3, 0.6.7, 0.6.8, 0.6.12, 0.6.18, 0.7.0 and
+0.7.2.post1: `fused_moe/core.py` (arguments), `RoutingCustomPolicy.cuh` (compiled tiers, 0.6.8 on),
+`trtllm_fused_moe_routing_renormalize.cu` (before), `..._deepseek.cu` and `..._llama4.cu` (kernel
+limits), `trtllm_fused_moe_kernel_launcher.cu` (checks). The from-logits limits of 0.7.2.post1
+were run against the real kernels on an H100, 2026-11-23.
 
-typed-moe does not call FlashInfer yet. The table is here so that a plan can say what such a
-kernel would do with a layer, and why it would refuse it.
+Argument names are not here: they are read from the installed functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import assert_never
+from typing import assert_never, final
 
+import attrs
 import torch
 
 from typed_moe.config import (
@@ -28,54 +29,144 @@ from typed_moe.config import (
     Unquantized,
 )
 from typed_moe.kernels.args import Family
-from typed_moe.routing import GroupLimits, MethodRules, Tier
+from typed_moe.kernels.flashinfer_versions import Version, version_text
+from typed_moe.routing import GroupLimits, MethodRules, PrecomputedRules, Tier
 
-VERSION = "0.7.2.post1"
-DEVICES = "SM100, SM103 and SM120 GPUs"
+OLDEST: Version = (0, 5, 0)
+NEWEST = "0.7.2.post1"
+"""The newest release that the table was checked against; later ones are taken to be like it."""
 
 _LOGITS = (torch.float32, torch.bfloat16)
 _BIAS = (torch.float32, torch.bfloat16)
-
-
 _SMALL = MethodRules(tiers=(Tier(max_experts=256, max_top_k=8),), logits_dtypes=_LOGITS)
 _SOFTMAX = MethodRules(tiers=(Tier(max_experts=2048, max_top_k=32),), logits_dtypes=_LOGITS)
 _BIASED = MethodRules(
     tiers=(Tier(max_experts=1024, max_top_k=32),), logits_dtypes=_LOGITS, bias_dtypes=_BIAS
 )
+_LLAMA4 = MethodRules(tiers=(Tier(max_experts=128, max_top_k=1),), logits_dtypes=_LOGITS)
+_DEEPSEEK_V3 = MethodRules(
+    tiers=(
+        Tier(max_experts=384, max_top_k=8),
+        Tier(min_experts=385, max_experts=1024, max_top_k=22),
+    ),
+    logits_dtypes=_LOGITS,
+    bias_dtypes=_BIAS,
+    grouped_tiers=(Tier(max_experts=384, max_top_k=8),),
+    groups=GroupLimits(
+        max_groups=8, max_experts_per_group=32, max_topk_group=4, top_k_below_kept=True
+    ),
+    grouped_bias_dtype=torch.bfloat16,
+)
 
-METHODS: Mapping[str, MethodRules] = MappingProxyType(
+
+@final
+@attrs.frozen
+class Method:
+    """A routing method from logits, and the first release whose kernel can be relied on."""
+
+    rules: MethodRules
+    since: Version
+    before: str
+    """What earlier releases do, with its source."""
+
+
+_RENORMALIZE = Method(
+    _SOFTMAX,
+    (0, 6, 8),
+    "they choose wrong experts where all logits are negative (flashinfer#2822)",
+)
+_UNCOVERED = "a size without a compiled kernel leaves the routing uninitialised (flashinfer#3840)"
+_LOST_WEIGHTS = (
+    "weights are recovered as (biased score - bias), which is 0 for a small sigmoid beside a large "
+    "bias (flashinfer#3875)"
+)
+
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "Default": _SMALL,
-        "Renormalize": _SOFTMAX,
-        "RenormalizeNaive": _SOFTMAX,
-        "TopK": _SMALL,
-        "Sigmoid": _SMALL,
-        "TopKSigmoid": _SMALL,
-        "SigmoidRenorm": _SMALL,
-        "Llama4": MethodRules(tiers=(Tier(max_experts=128, max_top_k=1),), logits_dtypes=_LOGITS),
-        "MiniMax2": _BIASED,
-        "DeepSeekV3": MethodRules(
-            tiers=(
-                Tier(max_experts=384, max_top_k=8),
-                Tier(min_experts=385, max_experts=1024, max_top_k=22),
-            ),
-            logits_dtypes=_LOGITS,
-            bias_dtypes=_BIAS,
-            grouped_tiers=(Tier(max_experts=384, max_top_k=8),),
-            groups=GroupLimits(
-                max_groups=8, max_experts_per_group=32, max_topk_group=4, top_k_below_kept=True
-            ),
-            grouped_bias_dtype=torch.bfloat16,
+        "Default": Method(_SMALL, (0, 6, 16), _UNCOVERED),
+        "Renormalize": _RENORMALIZE,
+        "RenormalizeNaive": _RENORMALIZE,
+        "TopK": Method(_SMALL, (0, 6, 16), _UNCOVERED),
+        "Sigmoid": Method(_SMALL, (0, 6, 16), _UNCOVERED),
+        "SigmoidRenorm": Method(_SMALL, (0, 6, 16), _UNCOVERED),
+        "TopKSigmoid": Method(_SMALL, (0, 6, 18), "they have no such method"),
+        "Llama4": Method(
+            _LLAMA4,
+            (0, 6, 16),
+            "the flag that puts the weight on the input is read and dropped (flashinfer#4252)",
         ),
+        "MiniMax2": Method(_BIASED, (0, 6, 18), _LOST_WEIGHTS),
+        "DeepSeekV3": Method(_DEEPSEEK_V3, (0, 6, 18), _LOST_WEIGHTS),
     }
 )
-"""Routing methods from logits, the same for every entry point."""
+"""Routing methods from logits, the same for every entry point.
+
+DeepSeekV3's grouped kernel is right one release earlier than the ungrouped one (flashinfer#3946);
+the difference is not worth a second line.
+"""
 
 WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale"})
-"""Families whose entry points can apply the weight to the expert's input."""
+"""Families whose entry points can apply the weight to the expert's input, where told to."""
 
-EXPERT_BIAS: frozenset[Family] = frozenset({"fp8_block_scale", "fp4_block_scale"})
-"""Families whose from-logits entry points take `gemm1_bias` and `gemm2_bias`."""
+TUPLE_IDS: Mapping[Family, Version] = MappingProxyType(
+    {
+        "fp4_block_scale": (0, 6, 16),
+        "bf16": (0, 6, 18),
+        "fp8_per_tensor_scale": (0, 6, 18),
+        "fp8_block_scale": (0, 6, 18),
+    }
+)
+"""Since when precomputed ids and float32 weights are taken side by side.
+
+Earlier ones take a packed word of id and bfloat16 weight. FP4 takes a pair from 0.6.12 on, and
+reads its float32 weights as such from 0.6.16 on (flashinfer#3763).
+"""
+
+ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "bf16": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "fp8_per_tensor": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "fp8_block": frozenset({"Swiglu"}),
+        "mxfp8": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "nvfp4": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "mxfp4": frozenset({"Swiglu", "Relu2"}),
+    }
+)
+"""By format. FlashInfer's docstrings; SwigluStep as its references compute it.
+
+Geglu is left out: FlashInfer's docstrings name it without saying which GELU it is.
+"""
+
+RAW_LIMITS = frozenset({"fp8_per_tensor", "nvfp4"})
+"""Formats whose epilogue clamps before the output scale is applied.
+
+There SwigluStep's limit goes in divided by that scale (`core.py`: "the raw accumulator limit").
+For Swiglu nothing says in which units alpha, beta and limit are, so they are refused there.
+"""
+
+
+def precomputed_rules(family: Family, version: Version) -> PrecomputedRules:
+    """What a `_routed` entry point takes, apart from being there at all.
+
+    Before 0.6.7 the permutation kernel stops at 512 experts and top_k 10
+    (`trtllm_fused_moe_routing_renormalize.cu`); from then on at 2048 and 32.
+    """
+    tier = Tier(max_experts=2048, max_top_k=32)
+    if version < (0, 6, 7):
+        tier = Tier(max_experts=512, max_top_k=10)
+    return PrecomputedRules(tiers=(tier,), packed=version < TUPLE_IDS[family])
+
+
+def methods(version: Version) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
+    """The methods that a release routes from logits, and why it does not route the others."""
+    served = {name: method.rules for name, method in METHODS.items() if version >= method.since}
+    refused = {
+        name: f"FlashInfer below {version_text(method.since)} does not route {name} here: "
+        f"{method.before}"
+        for name, method in METHODS.items()
+        if version < method.since
+    }
+    return MappingProxyType(served), MappingProxyType(refused)
 
 
 def family_of(fmt: Format) -> Family | None:

@@ -137,8 +137,10 @@ class FusedMoE(nn.Module):
             dtype=dtype,
         )
         self._strategy = routing
+        self._layout: str | None = None
         self._decide()
         self._make_parameters()
+        self._make_correction_bias()
 
     @property
     def plan(self) -> Plan:
@@ -177,6 +179,9 @@ class FusedMoE(nn.Module):
         for name, spec in specs.items():
             tensor = unloaded(name, spec, request.device)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _make_correction_bias(self) -> None:
+        request = self._request
         bias = None
         if self._strategy.bias is BiasRule.REQUIRED:
             bias = torch.full(
@@ -267,7 +272,6 @@ class FusedMoE(nn.Module):
             gated=is_gated(request.activation),
             has_bias=request.has_bias,
         )
-        parameters = {name: parameter.data for name, parameter in self.named_parameters()}
         wanted = self._local_experts()
         missing = [expert for expert in wanted if expert not in found.experts]
         if missing:
@@ -275,6 +279,10 @@ class FusedMoE(nn.Module):
                 f"{self._label()}: experts {_ranges(missing)} are missing; the checkpoint has "
                 f"{_ranges(sorted(found.experts)) or 'none'}"
             )
+        if self._layout is not None:
+            self._layout = None
+            self._make_parameters()
+        parameters = {name: parameter.data for name, parameter in self.named_parameters()}
         loader.forget_input_scales(parameters)
         for row, expert in enumerate(wanted):
             loader.load(parameters, row, expert, found.experts[expert])
@@ -341,9 +349,30 @@ class FusedMoE(nn.Module):
             ValueError: as `validate_weights`.
         """
         self.validate_weights()
-        prepared = self._decision.kernel.prepare(self._weights(), self._request)
-        self._runner = make_runner(self._decision, prepared)
+        weights = self._weights()
+        if self._layout is None:
+            prepared = self._decision.kernel.prepare(weights, self._request)
+            if prepared is not weights:
+                self._keep(prepared)
+            weights = prepared
+        self._runner = make_runner(self._decision, weights)
         return self._runner
+
+    def _keep(self, prepared: ExpertWeights) -> None:
+        """A kernel's layout in place of the stored one; what comes next has to know."""
+        for name, field in _fields(self._request.quant).items():
+            tensor: Tensor | None = getattr(prepared, field)
+            if tensor is not None:
+                self.get_parameter(name).data = tensor.detach()
+        self._layout = self.plan.kernel
+
+    def _refuse_layout(self, what: str) -> None:
+        if self._layout is not None:
+            raise ValueError(
+                f"{self._label()}: the weights are in the layout of {self._layout} since the first "
+                f"call, and {what}; load them again with load_weights, or do it before the first "
+                "call"
+            )
 
     @torch.no_grad()
     def calibrate(self, hidden_states: Tensor, router_logits: Tensor) -> None:
@@ -366,6 +395,7 @@ class FusedMoE(nn.Module):
         self._check_call(hidden_states, router_logits)
         if hidden_states.shape[0] == 0:
             raise ValueError(f"{self._label()}: calibrate was given no tokens; allowed: 1 or more")
+        self._refuse_layout("calibrate needs them as stored")
         seen: list[Tensor] = []
         observer = ReferenceKernel(on_intermediate=lambda hidden: seen.append(hidden.abs().max()))
         decision = decide(self._request, self._strategy, kernel=observer, form=self._form)
@@ -404,12 +434,21 @@ class FusedMoE(nn.Module):
 
         The weights are looked at again before the next call.
         """
+        self._refuse_layout("a state dict has them as stored")
         bias = state_dict.get(f"{prefix}e_score_correction_bias")
         if bias is not None and self.e_score_correction_bias is not None:
             # torch copies into the buffer that is there, and would round to its dtype.
             self.e_score_correction_bias = self.e_score_correction_bias.to(bias.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._runner = None
+
+    @override
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        """As torch does, while the weights are as stored."""
+        self._refuse_layout("a state dict has them as stored")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMoE:
@@ -420,6 +459,9 @@ class FusedMoE(nn.Module):
         rounding it changes which experts are chosen (sglang#37133).
         """
         request = self._request
+        probe = fn(torch.empty(0, dtype=request.dtype, device=request.device))
+        if (probe.device, probe.dtype) != (request.device, request.dtype):
+            self._refuse_layout("another device or dtype may have another kernel")
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -429,30 +471,20 @@ class FusedMoE(nn.Module):
             return tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        probe = fn(torch.empty(0, dtype=request.dtype, device=request.device))
         self._request = attrs.evolve(request, device=probe.device, dtype=probe.dtype)
         self._runner = None
         self._decide()
         return self
 
     def _weights(self) -> ExpertWeights:
-        def tensor(name: str) -> Tensor | None:
-            return self._parameters.get(name)
-
-        quant = self._request.quant
-        w13_scale, w2_scale = scale_name("w13", quant), scale_name("w2", quant)
-        return ExpertWeights(
-            w13_weight=self.get_parameter("w13_weight"),
-            w2_weight=self.get_parameter("w2_weight"),
-            w13_scale=None if w13_scale is None else tensor(w13_scale),
-            w2_scale=None if w2_scale is None else tensor(w2_scale),
-            w13_scale_2=tensor("w13_weight_scale_2"),
-            w2_scale_2=tensor("w2_weight_scale_2"),
-            w13_input_scale=tensor("w13_input_scale"),
-            w2_input_scale=tensor("w2_input_scale"),
-            w13_bias=tensor("w13_weight_bias"),
-            w2_bias=tensor("w2_weight_bias"),
-        )
+        tensors = {
+            field: self._parameters.get(name)
+            for name, field in _fields(self._request.quant).items()
+        }
+        w13_weight, w2_weight = tensors.pop("w13_weight"), tensors.pop("w2_weight")
+        assert w13_weight is not None, "every format has it"
+        assert w2_weight is not None, "every format has it"
+        return ExpertWeights(w13_weight=w13_weight, w2_weight=w2_weight, **tensors)
 
     def _check_call(self, hidden_states: Tensor, router_logits: Tensor) -> None:
         """Refuse tensors that are not the layer's; metadata only."""
@@ -482,6 +514,22 @@ class FusedMoE(nn.Module):
 
     def _label(self) -> str:
         return f"FusedMoE {self.prefix}" if self.prefix else "FusedMoE"
+
+
+def _fields(quant: Format) -> dict[str, str]:
+    """Parameter name -> field of `ExpertWeights`."""
+    names: dict[str, str] = {}
+    for prefix in ("w13", "w2"):
+        scale = scale_name(prefix, quant)
+        names |= {
+            f"{prefix}_weight": f"{prefix}_weight",
+            f"{prefix}_weight_scale_2": f"{prefix}_scale_2",
+            f"{prefix}_input_scale": f"{prefix}_input_scale",
+            f"{prefix}_weight_bias": f"{prefix}_bias",
+        }
+        if scale is not None:
+            names[scale] = f"{prefix}_scale"
+    return names
 
 
 def _check_strategy(routing: RoutingStrategy) -> None:

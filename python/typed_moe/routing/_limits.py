@@ -17,7 +17,10 @@ from typed_moe.routing._records import (
 def rules_for(name: str, rules: KernelRules) -> MethodRules | Refused:
     """The kernel's rules for a method, or that it has none."""
     found = rules.methods.get(name)
-    return found or Refused(f"{rules.kernel} has no routing method for {name}")
+    if found is not None:
+        return found
+    reason = rules.refused_methods.get(name, f"has no routing method for {name}")
+    return Refused(f"{rules.kernel} {reason}" if reason.startswith("has") else reason)
 
 
 def beyond(tiers: tuple[Tier, ...], shape: RoutingShape, kernel: str, name: str) -> Refused | None:

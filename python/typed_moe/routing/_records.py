@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import NewType, cast, final
 
 import attrs
@@ -190,6 +191,31 @@ class MethodRules:
 
 
 @final
+@attrs.frozen
+class Refused:
+    """A kernel does not take this strategy from logits, and why (a sentence)."""
+
+    reason: str = attrs.field(validator=attrs.validators.min_len(1))
+
+
+@final
+@attrs.frozen(kw_only=True)
+class PrecomputedRules:
+    """What a kernel takes in place of logits.
+
+    Attributes:
+        tiers: the compiled sizes.
+        packed: id and weight go in one word, which rounds the weight to bfloat16.
+    """
+
+    tiers: tuple[Tier, ...]
+    packed: bool = False
+
+
+_ANY_SIZE = PrecomputedRules(tiers=(Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),))
+
+
+@final
 @attrs.frozen(kw_only=True)
 class KernelRules:
     """Facts about one kernel entry point, from which a strategy decides how it is called.
@@ -199,12 +225,16 @@ class KernelRules:
         methods: the routing methods it computes from logits, by name; empty: none.
         weight_on_input: from logits, it can apply the weight to the expert's input.
         source: where the facts are from.
+        refused_methods: methods that it knows by name and does not route, and why.
+        precomputed: what it takes in place of logits, or why it takes nothing.
     """
 
     kernel: str
     methods: Mapping[str, MethodRules]
     weight_on_input: bool
     source: str
+    refused_methods: Mapping[str, str] = MappingProxyType({})
+    precomputed: PrecomputedRules | Refused = _ANY_SIZE
 
 
 @final
@@ -232,11 +262,3 @@ class InKernel:
     use_routing_scales_on_input: bool
     logits_dtypes: tuple[torch.dtype, ...]
     bias_dtype: torch.dtype | None = None
-
-
-@final
-@attrs.frozen
-class Refused:
-    """A kernel does not take this strategy from logits, and why (a sentence)."""
-
-    reason: str = attrs.field(validator=attrs.validators.min_len(1))

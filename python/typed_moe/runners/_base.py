@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, assert_never, final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from typed_moe.config import (
-    Activation,
-    Geglu,
-    Gelu,
-    Relu2,
-    Silu,
-    Swiglu,
-    SwigluStep,
-)
 from typed_moe.kernels import (
-    ActivationType,
     ExpertArgs,
     ExpertWeights,
     FromLogits,
     MoeArgs,
     Precomputed,
     Routing,
+    activation_arguments,
     append_shared,
 )
 from typed_moe.routing import Routed, as_global_ids, check_inputs, check_routed
@@ -139,7 +130,7 @@ def expert_args(decision: Decision, weights: ExpertWeights) -> ExpertArgs:
     request = decision.plan.request
     shape, place = request.shape, request.placement
     local = place.num_local_experts(shape.num_experts)
-    name, alpha, beta, limit = _activation(request.activation)
+    name, alpha, beta, limit = activation_arguments(request.activation)
 
     def vector(value: float | None) -> Tensor | None:
         if value is None:
@@ -161,32 +152,6 @@ def expert_args(decision: Decision, weights: ExpertWeights) -> ExpertArgs:
         gemm1_bias=weights.w13_bias,
         gemm2_bias=weights.w2_bias,
     )
-
-
-def _activation(
-    activation: Activation,
-) -> tuple[ActivationType, float | None, float | None, float | None]:
-    """Name, alpha, beta, limit; None where the plain form is meant."""
-    match activation:
-        case Swiglu(alpha=alpha, beta=beta, limit=limit):
-            return (
-                "Swiglu",
-                None if alpha == 1.0 else alpha,
-                None if beta == 0.0 else beta,
-                limit,
-            )
-        case SwigluStep(limit=limit):
-            return "SwigluStep", None, None, limit
-        case Geglu(approximate=approximate):
-            return ("GegluTanh" if approximate == "tanh" else "Geglu"), None, None, None
-        case Relu2():
-            return "Relu2", None, None, None
-        case Silu():
-            return "Silu", None, None, None
-        case Gelu(approximate=approximate):
-            return ("GeluTanh" if approximate == "tanh" else "Gelu"), None, None, None
-        case _:
-            assert_never(activation)
 
 
 def present(tensor: Tensor | None, name: str) -> Tensor:

@@ -8,17 +8,20 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels import (
+    FlashInferKernel,
     FromLogits,
     KernelRequest,
     MoeKernel,
     Precomputed,
     ReferenceKernel,
     entry_point,
+    installed_flashinfer,
 )
 from typed_moe.kernels.flashinfer_facts import family_of
 from typed_moe.routing import (
     InKernel,
     KernelRules,
+    PrecomputedRules,
     Refused,
     RoutingForm,
     RoutingStrategy,
@@ -62,98 +65,157 @@ def decide(
         ValueError: the strategy's maths is not defined for the layer's shape.
     """
     strategy.check(request.shape)
-    refused = () if kernel is not None else flashinfer_candidates(request, strategy)
-    chosen = kernel if kernel is not None else _embedded(request)
-    if isinstance(chosen, Refused):
-        raise _nothing_serves((*refused, _refusal("reference", RoutingForm.IN_KERNEL, chosen)))
-    rules = chosen.rules(request)
+    considered: list[Candidate] = []
+    for option in _options(request, kernel):
+        taken = _take(option, request, strategy, form)
+        considered += taken.candidates
+        if taken.kernel is None:
+            continue
+        plan = _plan(request, strategy, taken, tuple(considered))
+        if strict and plan.degraded:
+            raise UnsupportedRouting("strict=True refuses: " + "; ".join(plan.degraded))
+        return Decision(plan=plan, kernel=taken.kernel)
+    raise _nothing_serves(considered)
+
+
+@final
+@attrs.frozen
+class _Absent:
+    """A kernel that is not there to be asked, and why."""
+
+    name: str
+    refused: Refused
+
+
+def _options(request: KernelRequest, kernel: MoeKernel | None) -> tuple[MoeKernel | _Absent, ...]:
+    """The kernels to consider, the preferred one first."""
+    if kernel is not None:
+        return (kernel,)
+    library = installed_flashinfer(request.device)
+    fused: MoeKernel | _Absent
+    if isinstance(library, Refused):
+        fused = _Absent("flashinfer", library)
+    else:
+        fused = FlashInferKernel(library)
+    if request.device.type != "cuda":
+        return (fused, ReferenceKernel())
+    only_if_asked = Refused(
+        "runs on a CUDA device only when asked for; pass kernel=ReferenceKernel() to run it in "
+        "float32 PyTorch there"
+    )
+    return (fused, _Absent("reference", only_if_asked))
+
+
+@final
+@attrs.frozen(kw_only=True)
+class _Taken:
+    """What became of one kernel: its candidates, and the kernel if it is the one."""
+
+    candidates: tuple[Candidate, ...]
+    kernel: MoeKernel | None = None
+    form: RoutingForm = RoutingForm.PRECOMPUTED
+    in_kernel: InKernel | Refused | None = None
+    packed: bool = False
+
+
+def _take(
+    option: MoeKernel | _Absent,
+    request: KernelRequest,
+    strategy: RoutingStrategy,
+    form: RoutingForm | None,
+) -> _Taken:
+    if isinstance(option, _Absent):
+        if option.name == "flashinfer":
+            return _Taken(candidates=flashinfer_candidates(request, strategy, option.refused))
+        candidate = _candidate(option.name, RoutingForm.IN_KERNEL, option.refused.reason)
+        return _Taken(candidates=(candidate,))
+    name, rules = option.name, option.rules(request)
     if isinstance(rules, Refused):
-        raise _nothing_serves((*refused, _refusal(chosen.name, RoutingForm.IN_KERNEL, rules)))
-    plan = _plan(request, strategy, chosen, rules, refused, form)
-    if strict and plan.degraded:
-        raise UnsupportedRouting("strict=True refuses: " + "; ".join(plan.degraded))
-    return Decision(plan=plan, kernel=chosen)
-
-
-def _embedded(request: KernelRequest) -> MoeKernel | Refused:
-    """The reference kernel, where it runs without being asked for."""
-    if request.device.type == "cuda":
-        return Refused(
-            "runs on a CUDA device only when asked for; pass kernel=ReferenceKernel() to run it "
-            "in float32 PyTorch there"
+        return _Taken(candidates=(_candidate(name, RoutingForm.IN_KERNEL, rules.reason),))
+    in_kernel = strategy.in_kernel(request.shape, rules)
+    if form is RoutingForm.PRECOMPUTED and isinstance(in_kernel, InKernel):
+        in_kernel = Refused("precomputed routing was asked for")
+    if isinstance(in_kernel, InKernel):
+        candidate = _candidate(
+            name, RoutingForm.IN_KERNEL, "serves this layer on this device", taken=True
         )
-    return ReferenceKernel()
+        return _Taken(
+            candidates=(candidate,),
+            kernel=option,
+            form=RoutingForm.IN_KERNEL,
+            in_kernel=in_kernel,
+        )
+    first = _candidate(name, RoutingForm.IN_KERNEL, in_kernel.reason)
+    given = _precomputed(rules, request)
+    if form is RoutingForm.IN_KERNEL:
+        given = Refused(
+            "routing_form=RoutingForm.IN_KERNEL was asked for; leave it out to route before the "
+            "kernel"
+        )
+    if isinstance(given, Refused):
+        second = _candidate(name, RoutingForm.PRECOMPUTED, given.reason)
+        return _Taken(candidates=(first, second))
+    why = "it was asked for" if form is RoutingForm.PRECOMPUTED else "any strategy runs so"
+    second = _candidate(name, RoutingForm.PRECOMPUTED, why, taken=True)
+    return _Taken(
+        candidates=(first, second), kernel=option, in_kernel=in_kernel, packed=given.packed
+    )
+
+
+def _precomputed(rules: KernelRules, request: KernelRequest) -> PrecomputedRules | Refused:
+    """What the kernel takes in place of logits at this size."""
+    given = rules.precomputed
+    if isinstance(given, Refused) or any(tier.holds(request.shape) for tier in given.tiers):
+        return given
+    sizes = " or ".join(str(tier) for tier in given.tiers)
+    shape = request.shape
+    return Refused(
+        f"takes ids for {sizes}; this layer has {shape.num_experts} experts with "
+        f"top_k {shape.top_k}"
+    )
 
 
 def _plan(
     request: KernelRequest,
     strategy: RoutingStrategy,
-    kernel: MoeKernel,
-    rules: KernelRules,
-    refused: tuple[Candidate, ...],
-    form: RoutingForm | None,
+    taken: _Taken,
+    candidates: tuple[Candidate, ...],
 ) -> Plan:
-    in_kernel = strategy.in_kernel(request.shape, rules)
-    if isinstance(in_kernel, Refused) and form is RoutingForm.IN_KERNEL:
-        raise UnsupportedRouting(
-            f"routing_form=RoutingForm.IN_KERNEL was asked for: {in_kernel.reason}; leave it out "
-            "to route before the kernel"
-        )
-    if isinstance(in_kernel, Refused) or form is RoutingForm.PRECOMPUTED:
-        taken, args = RoutingForm.PRECOMPUTED, None
-    else:
-        taken, args = RoutingForm.IN_KERNEL, in_kernel
-    candidates = (*refused, *_considered(kernel.name, in_kernel, taken))
+    assert taken.kernel is not None, "a kernel was taken"
+    args = taken.in_kernel if isinstance(taken.in_kernel, InKernel) else None
     return Plan(
         strategy=strategy,
         request=request,
-        kernel=kernel.name,
+        kernel=taken.kernel.name,
         entry_point=entry_point(
             family_of(request.quant) or "bf16", Precomputed if args is None else FromLogits
         ),
-        form=taken,
+        form=taken.form,
         in_kernel=args,
-        scale=strategy.scale(taken),
+        scale=strategy.scale(taken.form),
         weight_on_input=strategy.apply_router_weight_on_input,
         candidates=candidates,
-        degraded=_degraded(in_kernel),
+        degraded=_degraded(taken),
     )
 
 
-def _considered(
-    name: str, in_kernel: InKernel | Refused, taken: RoutingForm
-) -> tuple[Candidate, ...]:
-    """The chosen kernel's two forms."""
-    if isinstance(in_kernel, Refused):
-        first = _refusal(name, RoutingForm.IN_KERNEL, in_kernel)
-        why = "any strategy runs so"
-    elif taken is RoutingForm.PRECOMPUTED:
-        first = _refusal(name, RoutingForm.IN_KERNEL, Refused("precomputed routing was asked for"))
-        why = "it was asked for"
-    else:
-        return (
-            Candidate(
-                kernel=name, form=taken, taken=True, reason="serves this layer on this device"
-            ),
-        )
-    return (
-        first,
-        Candidate(kernel=name, form=RoutingForm.PRECOMPUTED, taken=True, reason=why),
-    )
+def _degraded(taken: _Taken) -> tuple[str, ...]:
+    told = taken.in_kernel
+    assert told is not None, "a kernel was taken"
+    if isinstance(told, InKernel):
+        if told.bias_dtype is not None:
+            return (f"the correction bias is rounded to {told.bias_dtype} for the kernel",)
+        return ()
+    reasons = [f"routing runs before the kernel, in PyTorch: {told.reason}"]
+    if taken.packed:
+        reasons.append("the weights are rounded to bfloat16: this release takes them packed")
+    return tuple(reasons)
 
 
-def _degraded(in_kernel: InKernel | Refused) -> tuple[str, ...]:
-    if isinstance(in_kernel, Refused):
-        return (f"routing runs before the kernel, in PyTorch: {in_kernel.reason}",)
-    if in_kernel.bias_dtype is not None:
-        return (f"the correction bias is rounded to {in_kernel.bias_dtype} for the kernel",)
-    return ()
+def _candidate(name: str, form: RoutingForm, reason: str, *, taken: bool = False) -> Candidate:
+    return Candidate(kernel=name, form=form, taken=taken, reason=reason)
 
 
-def _refusal(kernel: str, form: RoutingForm, refused: Refused) -> Candidate:
-    return Candidate(kernel=kernel, form=form, taken=False, reason=refused.reason)
-
-
-def _nothing_serves(candidates: tuple[Candidate, ...]) -> UnsupportedRouting:
+def _nothing_serves(candidates: list[Candidate]) -> UnsupportedRouting:
     listed = "\n".join(f"  {candidate}" for candidate in candidates)
     return UnsupportedRouting(f"no kernel serves this layer:\n{listed}")

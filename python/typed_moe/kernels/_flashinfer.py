@@ -1,0 +1,74 @@
+"""The one file that imports flashinfer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import cache
+from typing import Protocol, cast, final
+
+import flashinfer
+import torch
+from flashinfer import fused_moe, tllm_enums
+from torch import Tensor
+
+from typed_moe.kernels._flashinfer_library import EnumName
+from typed_moe.kernels.flashinfer_versions import parse_version
+from typed_moe.routing import Refused
+
+
+@final
+class InstalledFlashInfer:
+    """The FlashInfer of this environment."""
+
+    @property
+    def version(self) -> str:
+        """As the package says."""
+        return flashinfer.__version__
+
+    def parameters(self, entry_point: str) -> frozenset[str]:
+        """See `FlashInferLibrary.parameters`."""
+        return _parameters(entry_point)
+
+    def number(self, enum: EnumName, member: str) -> int | None:
+        """See `FlashInferLibrary.number`."""
+        members = cast("type[IntEnum] | None", getattr(tllm_enums, enum, None))
+        if members is None:
+            members = cast("type[IntEnum] | None", getattr(fused_moe, enum, None))
+        if members is None or member not in members.__members__:
+            return None
+        return int(members[member])
+
+    def refuses(self, device: torch.device) -> Refused | None:
+        """See `FlashInferLibrary.refuses`."""
+        if device.type != "cuda":
+            return Refused(f"runs on SM100, SM103 and SM120 GPUs; this layer is on {device}")
+        major, minor = torch.cuda.get_device_capability(device)
+        version = parse_version(self.version)
+        allowed = (10, 12) if isinstance(version, tuple) and version >= (0, 6, 7) else (10,)
+        if major not in allowed:
+            return Refused(f"runs on SM100, SM103 and SM120 GPUs; this one is SM{major}{minor}")
+        return None
+
+    def call(self, entry_point: str, arguments: Mapping[str, object]) -> Tensor:
+        """See `FlashInferLibrary.call`."""
+        result = _function(entry_point)(**arguments)
+        # A bare tensor today, a list from 0.8 on; fp4 and mxint4 give a list already.
+        return result[0] if isinstance(result, list) else result
+
+
+class _Function(Protocol):
+    def __call__(self, **arguments: object) -> Tensor | list[Tensor]: ...
+
+
+@cache
+def _function(entry_point: str) -> _Function:
+    return cast("_Function", getattr(fused_moe, entry_point))
+
+
+@cache
+def _parameters(entry_point: str) -> frozenset[str]:
+    if not hasattr(fused_moe, entry_point):
+        return frozenset()
+    return frozenset(inspect.signature(_function(entry_point)).parameters)

@@ -1,0 +1,178 @@
+"""From an argument record to the keywords of the entry point it is for.
+
+Every keyword of every release is written here; those that the installed function lacks are left
+out, which is only allowed for one that would say nothing (`NEUTRAL`).
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from typed_moe.config import Bf16
+from typed_moe.kernels._flashinfer_layouts import uses_shuffled_weight
+from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels.args import (
+    Bf16MoeArgs,
+    ExpertArgs,
+    Fp4MoeArgs,
+    Fp8BlockMoeArgs,
+    Fp8PerTensorMoeArgs,
+    FromLogits,
+    MoeArgs,
+    Precomputed,
+)
+
+Arguments = dict[str, object]
+
+NEUTRAL: tuple[object, ...] = (None, 0, False)
+"""Values that a release without the parameter acts on as well."""
+
+_ROUTED_METHOD = "TopK"
+"""Precomputed calls name a method all the same; this one is in every release and checks least."""
+
+
+def constant_arguments(
+    experts: ExpertArgs,
+    request: KernelRequest,
+    library: FlashInferLibrary,
+    *,
+    tune_max_num_tokens: int,
+    enable_pdl: bool | None,
+) -> Arguments:
+    """What no call changes."""
+    arguments: Arguments = {
+        "intermediate_size": experts.intermediate_size,
+        "local_expert_offset": experts.local_expert_offset,
+        "activation_type": library.number("ActivationType", experts.activation_type),
+        "gemm1_alpha": experts.gemm1_alpha,
+        "gemm1_beta": experts.gemm1_beta,
+        "gemm1_clamp_limit": experts.gemm1_clamp_limit,
+        "gemm1_bias": experts.gemm1_bias,
+        "gemm2_bias": experts.gemm2_bias,
+        "use_shuffled_weight": uses_shuffled_weight(request.quant),
+        "weight_layout": _weight_layout(request, library),
+        "do_finalize": True,
+        "tune_max_num_tokens": tune_max_num_tokens,
+        # 0.5: None lets the launcher choose the tile.
+        "tile_tokens_dim": None,
+    }
+    if enable_pdl is not None:
+        arguments["enable_pdl"] = enable_pdl
+    return arguments
+
+
+def _weight_layout(request: KernelRequest, library: FlashInferLibrary) -> int | None:
+    member = "BlockMajorK" if isinstance(request.quant, Bf16) else "MajorK"
+    return library.number("WeightLayout", member)
+
+
+def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool) -> Arguments:
+    """Who goes where: logits and a method, or ids and weights that are final."""
+    experts, routing = args.experts, args.routing
+    shared = experts.num_fused_shared_experts
+    if isinstance(routing, FromLogits):
+        return {
+            "routing_logits": routing.routing_logits,
+            "routing_bias": routing.routing_bias,
+            "num_experts": experts.num_experts,
+            "local_num_experts": experts.local_num_experts,
+            "top_k": experts.top_k,
+            "n_group": routing.n_group,
+            "topk_group": routing.topk_group,
+            "routed_scaling_factor": routing.routed_scaling_factor,
+            "routing_method_type": library.number("RoutingMethodType", routing.routing_method_type),
+            "norm_topk_prob": routing.norm_topk_prob,
+            "use_routing_scales_on_input": routing.use_routing_scales_on_input,
+            "num_fused_shared_experts": shared or None,
+        }
+    # To a kernel that is given the ids, a shared expert is one more expert with one more slot.
+    return {
+        "topk_ids": _packed(routing) if packed else (routing.topk_ids, routing.topk_weights),
+        "routing_bias": None,
+        "num_experts": experts.num_experts + shared,
+        "local_num_experts": experts.local_num_experts + shared,
+        "top_k": experts.top_k + shared,
+        "n_group": None,
+        "topk_group": None,
+        "routed_scaling_factor": None,
+        "routing_method_type": library.number("RoutingMethodType", _ROUTED_METHOD),
+        "use_routing_scales_on_input": False,
+    }
+
+
+def _packed(routing: Precomputed) -> Tensor:
+    """(T, k) int32: the id in the high half, the weight's bfloat16 bits in the low half."""
+    bits = routing.topk_weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+    return (routing.topk_ids.to(torch.int32) << 16) | bits
+
+
+def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
+    """A call's activations and the layer's weights, under the entry point's names."""
+    match args:
+        case Bf16MoeArgs():
+            return {
+                "hidden_states": args.hidden_states,
+                "gemm1_weights": args.gemm1_weights,
+                "gemm2_weights": args.gemm2_weights,
+            }
+        case Fp8PerTensorMoeArgs():
+            return {
+                "hidden_states": args.hidden_states,
+                "gemm1_weights": args.gemm1_weights,
+                "output1_scales_scalar": args.output1_scales_scalar,
+                "output1_scales_gate_scalar": args.output1_scales_gate_scalar,
+                "gemm2_weights": args.gemm2_weights,
+                "output2_scales_scalar": args.output2_scales_scalar,
+            }
+        case Fp8BlockMoeArgs():
+            return {
+                "hidden_states": args.hidden_states,
+                "hidden_states_scale": args.hidden_states_scale.contiguous(),
+                "gemm1_weights": args.gemm1_weights,
+                "gemm1_weights_scale": args.gemm1_weights_scale,
+                "gemm2_weights": args.gemm2_weights,
+                "gemm2_weights_scale": args.gemm2_weights_scale,
+                "fp8_quantization_type": library.number(
+                    "Fp8QuantizationType", args.fp8_quantization_type
+                ),
+            }
+        case Fp4MoeArgs():
+            return _fp4(args)
+        case _:
+            assert_never(args)
+
+
+def _fp4(args: Fp4MoeArgs) -> Arguments:
+    """Scales go as float8_e4m3fn, the E8M0 bytes of MX formats too.
+
+    The launcher asks for that dtype and tells the formats apart by the values per scale.
+    """
+    scale = args.hidden_states_scale
+    return {
+        "hidden_states": args.hidden_states,
+        "hidden_states_scale": None if scale is None else scale.view(torch.float8_e4m3fn),
+        "gemm1_weights": args.gemm1_weights,
+        "gemm1_weights_scale": args.gemm1_weights_scale.view(torch.float8_e4m3fn),
+        "gemm2_weights": args.gemm2_weights,
+        "gemm2_weights_scale": args.gemm2_weights_scale.view(torch.float8_e4m3fn),
+        "output1_scale_scalar": args.output1_scale_scalar,
+        "output1_scale_gate_scalar": args.output1_scale_gate_scalar,
+        "output2_scale_scalar": args.output2_scale_scalar,
+    }
+
+
+def gate_scale(args: MoeArgs) -> Tensor | None:
+    """(L,) the factor that the epilogue puts on the gate, where the format has one."""
+    match args:
+        case Fp8PerTensorMoeArgs():
+            return args.output1_scales_gate_scalar
+        case Fp4MoeArgs():
+            return args.output1_scale_gate_scalar
+        case Bf16MoeArgs() | Fp8BlockMoeArgs():
+            return None
+        case _:
+            assert_never(args)

@@ -1,0 +1,256 @@
+"""FlashInfer's trtllm fused MoE kernels, behind the argument records.
+
+This module does not import flashinfer: it is given a `FlashInferLibrary`, and
+`installed_flashinfer` finds the installed one.
+"""
+
+from __future__ import annotations
+
+from typing import final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from typed_moe.config import Swiglu, SwigluStep
+from typed_moe.errors import UnsupportedRouting
+from typed_moe.kernels import flashinfer_facts as facts
+from typed_moe.kernels._activation_arguments import activation_arguments
+from typed_moe.kernels._flashinfer_arguments import (
+    NEUTRAL,
+    Arguments,
+    constant_arguments,
+    gate_scale,
+    routing_arguments,
+    tensor_arguments,
+)
+from typed_moe.kernels._flashinfer_layouts import layout_refusal, prepare_weights
+from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels.args import (
+    ExpertArgs,
+    Family,
+    FromLogits,
+    MoeArgs,
+    Precomputed,
+    entry_point,
+)
+from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
+from typed_moe.kernels.weights import ExpertWeights
+from typed_moe.routing import KernelRules, PrecomputedRules, Refused
+
+
+@final
+class FlashInferKernel:
+    """`flashinfer.fused_moe.trtllm_*_moe` and their `_routed` twins, for one layer.
+
+    SM100, SM103 and SM120 GPUs. Output is bfloat16. Routing is by name: numbers are looked up in
+    the release that is called.
+
+    Args:
+        library: the release to call.
+        tune_max_num_tokens: up to how many tokens the autotuner profiles. Fixed for the layer:
+            a value that follows each call's T would profile again and again.
+        enable_pdl: programmatic dependent launch; None leaves it to FlashInfer.
+    """
+
+    def __init__(
+        self,
+        library: FlashInferLibrary,
+        *,
+        tune_max_num_tokens: int = 8192,
+        enable_pdl: bool | None = None,
+    ) -> None:
+        self._library = library
+        self._tune_max_num_tokens = tune_max_num_tokens
+        self._enable_pdl = enable_pdl
+        self._request: KernelRequest | None = None
+        self._packed = False
+        self._constants: WeakKeyDictionary[ExpertArgs, Arguments] = WeakKeyDictionary()
+
+    @property
+    def name(self) -> str:
+        """`flashinfer` and the release."""
+        return f"flashinfer {self._library.version}"
+
+    def rules(self, request: KernelRequest) -> KernelRules | Refused:
+        """What the release computes for a layer, or why it cannot serve it."""
+        version = parse_version(self._library.version)
+        if isinstance(version, Refused):
+            return version
+        if version < facts.OLDEST:
+            return Refused(
+                f"flashinfer-python {self._library.version} is older than "
+                f"{version_text(facts.OLDEST)}; upgrade it"
+            )
+        family = facts.family_of(request.quant)
+        if family is None:
+            return Refused(f"no entry point takes unquantised {request.dtype} weights")
+        refused = self._library.refuses(request.device) or layer_refusal(request)
+        if refused is not None:
+            return refused
+        return self._rules(family, version, request)
+
+    def _rules(self, family: Family, version: Version, request: KernelRequest) -> KernelRules:
+        served, not_served = facts.methods(version)
+        from_logits = self._mode_refusal(entry_point(family, FromLogits), request)
+        if from_logits is not None:
+            not_served = dict.fromkeys(facts.METHODS, from_logits.reason)
+            served = {}
+        return KernelRules(
+            kernel=entry_point(family, FromLogits),
+            methods=served,
+            refused_methods=not_served,
+            weight_on_input=family in facts.WEIGHT_ON_INPUT,
+            precomputed=self._mode_refusal(entry_point(family, Precomputed), request)
+            or self._precomputed(family, version, request),
+            source=f"flashinfer-python {self._library.version}",
+        )
+
+    def _precomputed(
+        self, family: Family, version: Version, request: KernelRequest
+    ) -> PrecomputedRules | Refused:
+        if request.num_fused_shared_experts and request.placement.ep_size > 1:
+            return Refused("fused shared experts are not shared out over ranks; run them unfused")
+        return facts.precomputed_rules(family, version)
+
+    def _mode_refusal(self, entry: str, request: KernelRequest) -> Refused | None:
+        """Why one entry point of the two does not run this layer."""
+        parameters = self._library.parameters(entry)
+        release = f"flashinfer-python {self._library.version}"
+        if not parameters:
+            return Refused(f"{release} has no {entry}")
+        for needed, why in _needed(request):
+            if needed not in parameters:
+                return Refused(f"{entry} of {release} has no {needed}, and {why}")
+        name = activation_arguments(request.activation)[0]
+        if name != "Swiglu" and self._library.number("ActivationType", name) is None:
+            return Refused(f"{release} has no activation {name}")
+        if request.num_fused_shared_experts and "routing_logits" in parameters:
+            return Refused(f"{entry} with fused shared experts is not used; ids are given to it")
+        return None
+
+    def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
+        """The weights in the entry point's layout, in the layer's own storage."""
+        self._request = request
+        rules = self.rules(request)
+        if isinstance(rules, KernelRules) and isinstance(rules.precomputed, PrecomputedRules):
+            self._packed = rules.precomputed.packed
+        return prepare_weights(weights, request)
+
+    def __call__(self, args: MoeArgs, /) -> Tensor:
+        """(T, H) bfloat16; partial sums where the rank is one of several."""
+        entry = entry_point(args.family, type(args.routing))
+        constants = self._constants.get(args.experts)
+        if constants is None:
+            constants = self._constants.setdefault(args.experts, self._constant(args))
+        arguments = {
+            **constants,
+            **routing_arguments(args, self._library, packed=self._packed),
+            **tensor_arguments(args, self._library),
+        }
+        return self._library.call(entry, self._accepted(entry, arguments))
+
+    def _constant(self, args: MoeArgs) -> Arguments:
+        assert self._request is not None, "weights are prepared before the first call"
+        arguments = constant_arguments(
+            args.experts,
+            self._request,
+            self._library,
+            tune_max_num_tokens=self._tune_max_num_tokens,
+            enable_pdl=self._enable_pdl,
+        )
+        limit, scale = args.experts.gemm1_clamp_limit, gate_scale(args)
+        if limit is not None and scale is not None:
+            arguments["gemm1_clamp_limit"] = limit / scale
+        return arguments
+
+    def _accepted(self, entry: str, arguments: Arguments) -> Arguments:
+        """Without the parameters that this release's function lacks.
+
+        Raises:
+            UnsupportedRouting: one of them says something. `rules` lets no such layer through.
+        """
+        parameters = self._library.parameters(entry)
+        for name in arguments.keys() - parameters:
+            value = arguments[name]
+            if name in _SAID_ELSEWHERE or any(value is neutral for neutral in NEUTRAL):
+                continue
+            raise UnsupportedRouting(
+                f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
+                f"layer needs it to be {value}"
+            )
+        return {name: value for name, value in arguments.items() if name in parameters}
+
+
+_SAID_ELSEWHERE = frozenset(
+    {
+        # What every release without the parameter does.
+        "do_finalize",
+        "norm_topk_prob",
+        "tune_max_num_tokens",
+        # Of other families: their layout, activation and FP8 kind are fixed.
+        "use_shuffled_weight",
+        "weight_layout",
+        "activation_type",
+        "fp8_quantization_type",
+    }
+)
+
+
+def layer_refusal(request: KernelRequest) -> Refused | None:
+    """Why no entry point of any release runs this layer; None if nothing is known against it."""
+    quant, activation = request.quant, request.activation
+    allowed = facts.ACTIVATIONS[quant.name]
+    if activation_arguments(activation)[0] not in allowed:
+        return Refused(
+            f"runs {', '.join(sorted(allowed))} with {quant.name}; the activation is {activation}"
+        )
+    if quant.name in facts.RAW_LIMITS:
+        if isinstance(activation, Swiglu) and activation != Swiglu():
+            return Refused(
+                f"with {quant.name} nothing says in which units alpha, beta and the limit of "
+                f"{activation} are taken"
+            )
+        if request.has_bias:
+            return Refused(f"with {quant.name} nothing says in which units expert biases are taken")
+    experts, top_k = request.shape.num_experts, request.shape.top_k
+    if facts.family_of(quant) == "fp8_block_scale" and (experts % 4 or experts <= top_k):
+        return Refused(
+            f"takes a multiple of 4 experts, more than top_k; here there are {experts} with "
+            f"top_k {top_k}"
+        )
+    return layout_refusal(request)
+
+
+def _needed(request: KernelRequest) -> tuple[tuple[str, str], ...]:
+    """Parameters that a layer cannot do without, and why."""
+    needed: list[tuple[str, str]] = []
+    activation = request.activation
+    if not isinstance(activation, Swiglu):
+        needed.append(("activation_type", f"the activation is {activation}"))
+    elif activation != Swiglu():
+        needed += [
+            (name, f"the activation is {activation}")
+            for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+        ]
+    if isinstance(activation, SwigluStep):
+        needed.append(("gemm1_clamp_limit", f"the activation is {activation}"))
+    if request.has_bias:
+        needed += [(name, "the experts have biases") for name in ("gemm1_bias", "gemm2_bias")]
+    if request.quant.name == "mxfp8":
+        needed.append(("fp8_quantization_type", "the weights are MXFP8"))
+    return tuple(needed)
+
+
+def installed_flashinfer(device: torch.device) -> FlashInferLibrary | Refused:
+    """The installed FlashInfer, imported now, or why there is none for this device."""
+    if device.type != "cuda":
+        return Refused(f"runs on SM100, SM103 and SM120 GPUs; this layer is on {device}")
+    try:
+        from typed_moe.kernels._flashinfer import InstalledFlashInfer  # noqa: PLC0415 - heavy
+    except ImportError as error:
+        return Refused(
+            f"flashinfer cannot be imported ({error}); pip install typed-moe[flashinfer]"
+        )
+    return InstalledFlashInfer()
