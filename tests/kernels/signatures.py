@@ -60,10 +60,8 @@ def parameter(entry: ParameterJson, enums: Numbers) -> inspect.Parameter:
     return inspect.Parameter(entry["name"], KINDS[entry["kind"]], default=default)
 
 
-@functools.cache
-def table(version: str) -> Table:
-    """The table of one of `VERSIONS`."""
-    raw: TableJson = json.loads((FOLDER / f"{version}.json").read_text())
+def from_json(raw: TableJson) -> Table:
+    """A table as it was extracted, with signatures in place of lists."""
     return Table(
         version=raw["version"],
         functions={
@@ -72,3 +70,10 @@ def table(version: str) -> Table:
         },
         enums=raw["enums"],
     )
+
+
+@functools.cache
+def table(version: str) -> Table:
+    """The table of one of `VERSIONS`."""
+    raw: TableJson = json.loads((FOLDER / f"{version}.json").read_text())
+    return from_json(raw)
