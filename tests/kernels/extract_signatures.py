@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 FOLDER = Path(__file__).parent / "flashinfer_signatures"
-# The functions have always been in the first; the enums moved to the second in 0.6.4 to 0.6.7.
+# The functions are in the first in every release so far; between 0.6.3 and 0.6.7 the enums moved to
+# the second.
 FUNCTIONS_FILE = "flashinfer/fused_moe/core.py"
 ENUMS_FILE = "flashinfer/tllm_enums.py"
 ENTRY_POINT = re.compile(r"trtllm_\w+_moe")

@@ -1,7 +1,8 @@
 """The tables of FlashInfer's releases against what is known of them, the stub and the library.
 
 The expectations are written by hand, by FlashInfer's own release numbers: the release that brought
-an entry point or an argument need not be one of the ten that have a table.
+an entry point or an argument need not be one of the ten that have a table. Where that release is
+not known, the first table after it stands in.
 """
 
 from __future__ import annotations
