@@ -1,0 +1,6 @@
+from torch import Tensor
+
+def get_shuffle_matrix_a_row_indices(input_tensor: Tensor, epilogue_tile_m: int) -> Tensor: ...
+def get_shuffle_matrix_sf_a_row_indices(
+    input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16
+) -> Tensor: ...
