@@ -10,7 +10,8 @@ from typing import Protocol, cast, final
 
 import flashinfer
 import torch
-from flashinfer import fused_moe, tllm_enums
+from flashinfer import fused_moe
+from flashinfer.fused_moe import core
 from torch import Tensor
 
 from typed_moe.kernels._flashinfer_library import EnumName
@@ -33,12 +34,7 @@ class InstalledFlashInfer:
 
     def number(self, enum: EnumName, member: str) -> int | None:
         """See `FlashInferLibrary.number`."""
-        members = cast("type[IntEnum] | None", getattr(tllm_enums, enum, None))
-        if members is None:
-            members = cast("type[IntEnum] | None", getattr(fused_moe, enum, None))
-        if members is None or member not in members.__members__:
-            return None
-        return int(members[member])
+        return _number(enum, member)
 
     def refuses(self, device: torch.device) -> Refused | None:
         """See `FlashInferLibrary.refuses`."""
@@ -72,3 +68,13 @@ def _parameters(entry_point: str) -> frozenset[str]:
     if not hasattr(fused_moe, entry_point):
         return frozenset()
     return frozenset(inspect.signature(_function(entry_point)).parameters)
+
+
+@cache
+def _number(enum: EnumName, member: str) -> int | None:
+    """`fused_moe` exports each enum some releases after `fused_moe.core` defines it."""
+    for module in (fused_moe, core):
+        members = cast("type[IntEnum] | None", getattr(module, enum, None))
+        if members is not None and member in members.__members__:
+            return int(members[member])
+    return None

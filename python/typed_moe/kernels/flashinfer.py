@@ -6,6 +6,7 @@ This module does not import flashinfer: it is given a `FlashInferLibrary`, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,7 @@ from typed_moe.kernels.args import (
 )
 from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
 from typed_moe.kernels.weights import ExpertWeights
-from typed_moe.routing import KernelRules, PrecomputedRules, Refused
+from typed_moe.routing import KernelRules, MethodRules, PrecomputedRules, Refused
 
 
 @final
@@ -93,6 +94,10 @@ class FlashInferKernel:
 
     def _rules(self, family: Family, version: Version, request: KernelRequest) -> KernelRules:
         served, not_served = facts.methods(version)
+        for name in tuple(served):
+            if self._library.number("RoutingMethodType", name) is None:
+                reason = f"{self.name} has no RoutingMethodType.{name}"
+                served, not_served = _without(served, name), {**not_served, name: reason}
         from_logits = self._mode_refusal(entry_point(family, FromLogits), request)
         if from_logits is not None:
             not_served = dict.fromkeys(facts.METHODS, from_logits.reason)
@@ -180,7 +185,13 @@ class FlashInferKernel:
                 f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
                 f"layer needs it to be {value}"
             )
-        return {name: value for name, value in arguments.items() if name in parameters}
+        # A number that this release has no name for is left to the function's default, which is
+        # the one layout, activation or kind that the release knows.
+        return {
+            name: value
+            for name, value in arguments.items()
+            if name in parameters and not (value is None and name in _SAID_ELSEWHERE)
+        }
 
 
 _SAID_ELSEWHERE = frozenset(
@@ -241,6 +252,10 @@ def _needed(request: KernelRequest) -> tuple[tuple[str, str], ...]:
     if request.quant.name == "mxfp8":
         needed.append(("fp8_quantization_type", "the weights are MXFP8"))
     return tuple(needed)
+
+
+def _without(served: Mapping[str, MethodRules], name: str) -> Mapping[str, MethodRules]:
+    return {other: rules for other, rules in served.items() if other != name}
 
 
 def installed_flashinfer(device: torch.device) -> FlashInferLibrary | Refused:
