@@ -323,7 +323,20 @@ def test_layers_that_no_entry_point_takes(
 def test_a_release_that_lacks_a_methods_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name is looked up, never the number: without it the method is routed precomputed."""
     library = RecordedLibrary(NEWEST)
-    monkeypatch.setattr(library, "number", lambda enum, member: None)
+    number = library.number
+    monkeypatch.setattr(
+        library,
+        "number",
+        lambda enum, member: None if member == "Renormalize" else number(enum, member),
+    )
     plan = build(find("Renormalize"), Nvfp4(), library).empty().plan
     assert plan.form is RoutingForm.PRECOMPUTED
     assert any("has no RoutingMethodType.Renormalize" in reason for reason in plan.degraded)
+
+
+def test_a_release_that_lacks_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither form can name a method, so the layer is refused when it is made."""
+    library = RecordedLibrary(NEWEST)
+    monkeypatch.setattr(library, "number", lambda enum, member: None)
+    with pytest.raises(UnsupportedRouting, match=r"has no RoutingMethodType\.TopK"):
+        build(find("Renormalize"), Nvfp4(), library).empty()

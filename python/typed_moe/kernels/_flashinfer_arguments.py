@@ -31,7 +31,7 @@ Arguments = dict[str, object]
 NEUTRAL: tuple[object, ...] = (None, 0, False)
 """Values that a release without the parameter acts on as well."""
 
-_ROUTED_METHOD = "TopK"
+ROUTED_METHOD = "TopK"
 """Precomputed calls name a method all the same; this one is in every release and checks least."""
 
 
@@ -99,7 +99,7 @@ def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool
         "n_group": None,
         "topk_group": None,
         "routed_scaling_factor": None,
-        "routing_method_type": library.number("RoutingMethodType", _ROUTED_METHOD),
+        "routing_method_type": library.number("RoutingMethodType", ROUTED_METHOD),
         "use_routing_scales_on_input": False,
     }
 

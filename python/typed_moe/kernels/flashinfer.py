@@ -19,6 +19,7 @@ from typed_moe.kernels import flashinfer_facts as facts
 from typed_moe.kernels._activation_arguments import activation_arguments
 from typed_moe.kernels._flashinfer_arguments import (
     NEUTRAL,
+    ROUTED_METHOD,
     Arguments,
     constant_arguments,
     gate_scale,
@@ -117,6 +118,8 @@ class FlashInferKernel:
     ) -> PrecomputedRules | Refused:
         if request.num_fused_shared_experts and request.placement.ep_size > 1:
             return Refused("fused shared experts are not shared out over ranks; run them unfused")
+        if self._library.number("RoutingMethodType", ROUTED_METHOD) is None:
+            return Refused(f"{self.name} has no RoutingMethodType.{ROUTED_METHOD}")
         return facts.precomputed_rules(family, version)
 
     def _mode_refusal(self, entry: str, request: KernelRequest) -> Refused | None:
