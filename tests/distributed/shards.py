@@ -43,7 +43,6 @@ def whole(name: str) -> FusedMoE:
     return layer
 
 
-@functools.cache
 def shard(name: str, placement: Placement, exchange: TokenExchange | None = None) -> FusedMoE:
     """One rank's share of `whole(name)`, value by value."""
     build = attrs.evolve(_build(name), placement=placement, exchange=exchange)
