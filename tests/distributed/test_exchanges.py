@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Final
 from unittest import mock
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import LOOPBACK, Ranks
 from tests.distributed.shards import NAMES, Rows, expected, shard, tokens, whole
 from tests.layer.build import Build, random_experts, relative_error
 from typed_moe import (
@@ -50,6 +51,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks"))
     yield started
     started.close()
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessGroup]:
+    """A group of this process and no other."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", LOOPBACK)
+    store = (tmp_path / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield dist.new_group([0])
+    dist.destroy_process_group()
 
 
 def _place(group: ProcessGroup, tp_size: int) -> Placement:
@@ -93,6 +104,14 @@ def _gathered(group: ProcessGroup, case: str) -> None:
         mine, x, logits = _mine(group, counts)
         rows.add(layer(x, logits), expected(name, sum(counts[: group.size()]))[mine])
     rows.check()
+
+
+@pytest.mark.parametrize("name", ["unquantized", "nvfp4"])
+def test_a_group_of_one(alone: ProcessGroup, name: str) -> None:
+    """A model's code is the same on one rank: it adds up one sum."""
+    _replicated(alone, f"{name},1")
+    _gathered(alone, f"{name},1,0")
+    _gathered(alone, f"{name},1,256")
 
 
 @on_ranks
@@ -187,21 +206,23 @@ def test_acceptance_45_two_ranks_with_different_padding(ranks: Ranks) -> None:
 
 
 def _idle(group: ProcessGroup, case: str) -> None:
-    """One rank after the other has no tokens, yet its experts are asked."""
-    layer = shard(case, _place(group, 1), AllGatherReduceScatter(group=group))
-    for idle in range(group.size()):
-        counts = tuple(0 if rank == idle else 8 for rank in range(group.size()))
-        mine, x, logits = _mine(group, counts)
-        got = layer(x, logits)
-        assert got.shape == (counts[group.rank()], 128)
-        wanted = expected(case, sum(counts))[mine].double()
-        assert got.shape[0] == 0 or relative_error(got, wanted) < SUMMED
+    """One rank has no tokens, yet its experts are asked."""
+    layer = shard("unquantized", _place(group, 1), AllGatherReduceScatter(group=group))
+    counts = tuple(0 if rank == int(case) else 8 for rank in range(group.size()))
+    mine, x, logits = _mine(group, counts)
+    got = layer(x, logits)
+    # A rank that did not wait would do its part of the next call for this one's.
+    dist.barrier(group)
+    assert got.shape == (counts[group.rank()], 128)
+    wanted = expected("unquantized", sum(counts))[mine].double()
+    assert got.shape[0] == 0 or relative_error(got, wanted) < SUMMED
 
 
 @on_ranks
-def test_acceptance_45_an_idle_rank_takes_part(ranks: Ranks, size: int) -> None:
-    """A rank with T = 0 neither waits nor lets wait, and its experts serve the others."""
-    ranks.run(_idle, "unquantized", size)
+@pytest.mark.parametrize("idle", [0, 1])
+def test_acceptance_45_an_idle_rank_takes_part(ranks: Ranks, size: int, idle: int) -> None:
+    """A rank with T = 0 neither stays away nor is left alone, and its experts serve the others."""
+    ranks.run(_idle, str(idle), size)
 
 
 def _mistakes(group: ProcessGroup, case: str) -> None:
