@@ -41,6 +41,8 @@ COUNTS: Final = ((1, 8, 32, 0), (0, 256, 8, 1), (32, 32, 32, 32), (0, 0, 0, 0), 
 SUMMED: Final = 2e-6
 """Relative error of a float32 output: sums over ranks in another order, 2**-24 a term."""
 
+# One worker of xdist runs the file, or each would start processes of its own.
+pytestmark = pytest.mark.xdist_group("ranks")
 on_ranks = pytest.mark.parametrize("size", [2, 4])
 formats = pytest.mark.parametrize("name", NAMES)
 
