@@ -64,10 +64,19 @@ from typed_moe.routing import (
     TopK,
     TopKSigmoid,
 )
-from typed_moe.runners import Candidate, Plan
+from typed_moe.runners import (
+    AllGatherReduceScatter,
+    AllReduce,
+    Candidate,
+    Dispatched,
+    Plan,
+    TokenExchange,
+)
 
 __all__ = [
     "Activation",
+    "AllGatherReduceScatter",
+    "AllReduce",
     "Bf16",
     "BiasRule",
     "BiasedSigmoid",
@@ -76,6 +85,7 @@ __all__ = [
     "CheckpointLayout",
     "DeepSeekV3",
     "Default",
+    "Dispatched",
     "Format",
     "Fp8BlockScale",
     "Fp8PerTensor",
@@ -114,6 +124,7 @@ __all__ = [
     "SqrtSoftplus",
     "Swiglu",
     "SwigluStep",
+    "TokenExchange",
     "TopK",
     "TopKSigmoid",
     "Unquantized",

@@ -23,6 +23,7 @@ from typed_moe import (
     Silu,
     Swiglu,
     SwigluStep,
+    TokenExchange,
     Unquantized,
 )
 
@@ -95,6 +96,7 @@ class Build:
     num_fused_shared_experts: int = 0
     has_bias: bool = False
     placement: Placement = attrs.field(factory=Placement)
+    exchange: TokenExchange | None = None
     kernel: MoeKernel | None = None
     routing_form: RoutingForm | None = None
     prefix: str = ""
@@ -113,6 +115,7 @@ class Build:
             num_fused_shared_experts=self.num_fused_shared_experts,
             has_bias=self.has_bias,
             placement=self.placement,
+            exchange=self.exchange,
             kernel=self.kernel,
             routing_form=self.routing_form,
             prefix=self.prefix,

@@ -6,15 +6,21 @@ from typing import assert_type
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from typed_moe import (
+    AllGatherReduceScatter,
+    AllReduce,
     Bf16,
     DeepSeekV3,
+    Dispatched,
     Fp8BlockScale,
     FusedMoE,
+    Placement,
     Plan,
     RenormalizeNaive,
     RoutingStrategy,
+    TokenExchange,
 )
 
 experts = FusedMoE(
@@ -49,8 +55,40 @@ FusedMoE(
 )
 
 
-def wrong_calls() -> None:
+class OwnTokens:
+    """A call's tokens, sent nowhere: the shape of `Dispatched`, without inheriting."""
+
+    def __init__(self, hidden_states: Tensor, router_logits: Tensor) -> None:
+        self.hidden_states, self.router_logits = hidden_states, router_logits
+
+    def combine(self, partial_output: Tensor) -> Tensor:
+        return partial_output
+
+
+class OwnExchange:
+    """A user's exchange, likewise."""
+
+    name = "OwnExchange"
+
+    def check(self, placement: Placement) -> None:
+        assert_type(placement.ep_size, int)
+
+    def dispatch(self, hidden_states: Tensor, router_logits: Tensor) -> OwnTokens:
+        return OwnTokens(hidden_states, router_logits)
+
+
+def exchanges(group: ProcessGroup) -> list[TokenExchange]:
+    """Built-in ones and a user's."""
+    dispatched = AllReduce(group=group).dispatch(hidden_states, router_logits)
+    assert_type(dispatched, Dispatched)
+    assert_type(dispatched.combine(hidden_states), Tensor)
+    return [AllReduce(group=group), AllGatherReduceScatter(group=group), OwnExchange()]
+
+
+def wrong_calls(group: ProcessGroup) -> None:
     """Each line is an error."""
+    AllReduce(group)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    AllReduce(group=group, max_num_tokens=8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     FusedMoE(128, 8, 2048, 768, routing=RenormalizeNaive())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     experts(hidden_states)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     experts(hidden_states, router_logits, 8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

@@ -16,7 +16,8 @@ class Placement:
 
     Expert parallelism gives a rank whole experts, `num_experts / ep_size` of them from
     `local_expert_offset` on. Tensor parallelism gives it a slice of every expert's
-    intermediate width; its output is then a partial sum that the caller adds over the ranks.
+    intermediate width; its output is then a partial sum, which the caller or the layer's
+    `TokenExchange` adds over the ranks.
 
     Attributes:
         tp_size, tp_rank: tensor-parallel ranks, and which of them this is.

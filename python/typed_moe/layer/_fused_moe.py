@@ -36,7 +36,14 @@ from typed_moe.layer._parameters import (
 from typed_moe.models import CheckpointLayout
 from typed_moe.quantization import calibration_scale
 from typed_moe.routing import BiasRule, RoutingForm, RoutingShape, RoutingStrategy
-from typed_moe.runners import MoeRunner, Plan, decide, make_runner
+from typed_moe.runners import (
+    EpMoeRunner,
+    MoeRunner,
+    Plan,
+    TokenExchange,
+    decide,
+    make_runner,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +81,11 @@ class FusedMoE(nn.Module):
             the routed ones; 0 if the model runs its shared experts itself.
         has_bias: whether the experts have bias vectors.
         placement: this rank's share under tensor and expert parallelism. Under either the
-            output is a partial sum, which the caller adds over the ranks.
+            output is a partial sum, which the caller adds over the ranks, or `exchange` does.
+        exchange: how tokens travel between the ranks and the sums back, such as
+            `AllReduce(group=group)` where every rank has the same tokens; the output is then
+            the whole sum. Every rank has to call the layer then, also with no tokens. None: the
+            caller adds the partial sums.
         kernel: the kernel to run; None chooses one for the device.
         routing_form: who routes; None prefers the kernel.
         strict: refuse a degraded plan, such as routing outside a kernel.
@@ -83,8 +94,10 @@ class FusedMoE(nn.Module):
             weights.
 
     Raises:
-        TypeError: `routing` is no strategy, or dtype is no float32, bfloat16 or float16.
-        ValueError: numbers that do not fit together; the message has them.
+        TypeError: `routing` is no strategy, `exchange` no exchange, or dtype is no float32,
+            bfloat16 or float16.
+        ValueError: numbers that do not fit together, or the exchange's ranks are not the
+            placement's; the message has them.
         UnsupportedRouting: no kernel serves the layer.
     """
 
@@ -104,6 +117,7 @@ class FusedMoE(nn.Module):
         num_fused_shared_experts: int = 0,
         has_bias: bool = False,
         placement: Placement = Placement(),  # noqa: B008 - frozen, without state
+        exchange: TokenExchange | None = None,
         kernel: MoeKernel | None = None,
         routing_form: RoutingForm | None = None,
         strict: bool = False,
@@ -121,9 +135,11 @@ class FusedMoE(nn.Module):
                 f"{num_fused_shared_experts}; allowed: 0, because a shared expert's input has no "
                 "weight. Run the shared experts unfused"
             )
+        _check_exchange(exchange, placement)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.prefix = prefix
         self._kernel, self._form, self._strict = kernel, routing_form, strict
+        self._exchange = exchange
         self._request = KernelRequest(
             shape=RoutingShape(num_experts=num_experts, top_k=top_k),
             quant=quant,
@@ -159,6 +175,7 @@ class FusedMoE(nn.Module):
             kernel=self._kernel,
             form=self._form,
             strict=self._strict,
+            exchange=None if self._exchange is None else self._exchange.name,
         )
         self._runner = None
 
@@ -199,7 +216,7 @@ class FusedMoE(nn.Module):
 
         Returns:
             (T, H) in the dtype of `hidden_states`. Under tensor or expert parallelism a partial
-            sum. A factor that the plan leaves to the host is not in it.
+            sum where the layer has no exchange. A factor that the plan leaves to the host is not in it.
 
         Raises:
             ValueError: a tensor's shape or device is not the layer's, or a weight or bias was
@@ -208,7 +225,8 @@ class FusedMoE(nn.Module):
         """
         self._check_call(hidden_states, router_logits)
         runner = self._runner if self._runner is not None else self.prepare_weights()
-        if hidden_states.shape[0] == 0:
+        # With an exchange a rank without tokens still has its experts' part for the others to do.
+        if hidden_states.shape[0] == 0 and self._exchange is None:
             return torch.empty_like(hidden_states)
         return runner(hidden_states, router_logits, self.e_score_correction_bias)
 
@@ -355,7 +373,8 @@ class FusedMoE(nn.Module):
             if prepared is not weights:
                 self._keep(prepared)
             weights = prepared
-        self._runner = make_runner(self._decision, weights)
+        runner = make_runner(self._decision, weights)
+        self._runner = runner if self._exchange is None else EpMoeRunner(runner, self._exchange)
         return self._runner
 
     def _keep(self, prepared: ExpertWeights) -> None:
@@ -379,11 +398,14 @@ class FusedMoE(nn.Module):
         """Set the static activation scales from the ranges that these tokens show.
 
         For `Fp8PerTensor` and `Nvfp4`; the other formats have none and nothing happens. The
-        weights have to be loaded. Each scale is the largest magnitude seen over the largest
+        weights have to be loaded. With an exchange every rank calls it, and this rank's experts
+        are shown the tokens that the exchange brings them; the ranks' scales of the
+        intermediate may differ, as each sees its own experts' alone. Each scale is the largest magnitude seen over the largest
         value of the format.
 
         Args:
-            hidden_states: (T, H), T of 1 or more, like the ones that will come.
+            hidden_states: (T, H), like the ones that will come; T of 1 or more, on one rank at
+                least if there is an exchange.
             router_logits: (T, E).
 
         Raises:
@@ -393,6 +415,9 @@ class FusedMoE(nn.Module):
         if not isinstance(quant, Fp8PerTensor | Nvfp4):
             return
         self._check_call(hidden_states, router_logits)
+        if self._exchange is not None:
+            shown = self._exchange.dispatch(hidden_states, router_logits)
+            hidden_states, router_logits = shown.hidden_states, shown.router_logits
         if hidden_states.shape[0] == 0:
             raise ValueError(f"{self._label()}: calibrate was given no tokens; allowed: 1 or more")
         self._refuse_layout("calibrate needs them as stored")
@@ -543,6 +568,19 @@ def _check_strategy(routing: RoutingStrategy) -> None:
             "one of a class that inherits from RoutingStrategy. A routing method's number is "
             "never taken: the same number means different methods in different libraries"
         )
+
+
+def _check_exchange(exchange: TokenExchange | None, placement: Placement) -> None:
+    """Refuse what is no exchange, or one of other ranks."""
+    if exchange is None:
+        return
+    if isinstance(exchange, type) or not hasattr(exchange, "dispatch"):
+        raise TypeError(
+            f"exchange is {exchange!r}; allowed: a TokenExchange such as AllReduce(group=group), "
+            "where every rank has the same tokens, or AllGatherReduceScatter(group=group), where "
+            "each has its own; or None, and the caller adds the partial sums"
+        )
+    exchange.check(placement)
 
 
 def _check_layer(dtype: torch.dtype, hidden: int, intermediate: int, shared: int) -> None:

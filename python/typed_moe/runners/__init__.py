@@ -16,6 +16,8 @@ from typed_moe.config import (
 from typed_moe.kernels import ExpertWeights
 from typed_moe.runners._base import MoeRunner
 from typed_moe.runners._bf16 import Bf16Runner
+from typed_moe.runners._ep import Dispatched, EpMoeRunner, TokenExchange
+from typed_moe.runners._exchanges import AllGatherReduceScatter, AllReduce
 from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
 from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
@@ -23,15 +25,20 @@ from typed_moe.runners._plan import Candidate, Plan
 from typed_moe.runners._planning import Decision, decide
 
 __all__ = [
+    "AllGatherReduceScatter",
+    "AllReduce",
     "Bf16Runner",
     "Candidate",
     "Decision",
+    "Dispatched",
+    "EpMoeRunner",
     "ExpertWeights",
     "Fp4Runner",
     "Fp8BlockRunner",
     "Fp8PerTensorRunner",
     "MoeRunner",
     "Plan",
+    "TokenExchange",
     "decide",
     "make_runner",
 ]

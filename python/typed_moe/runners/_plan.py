@@ -43,6 +43,7 @@ class Plan:
         weight_on_input: the routing weight multiplies the expert's input.
         candidates: every kernel and form considered, in order of preference.
         degraded: what is worse than it could be, one sentence each; `strict=True` refuses any.
+        exchange: what adds the ranks' partial sums, by name; None leaves it to the caller.
     """
 
     strategy: RoutingStrategy
@@ -55,6 +56,7 @@ class Plan:
     weight_on_input: bool
     candidates: tuple[Candidate, ...]
     degraded: tuple[str, ...]
+    exchange: str | None = None
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The plan as (what, decision) pairs, in reading order."""
@@ -67,6 +69,7 @@ class Plan:
             ("experts", _experts_text(request)),
             ("local experts", f"{first} to {last} (ep {place.ep_rank} of {place.ep_size})"),
             ("tensor parallel", f"rank {place.tp_rank} of {place.tp_size}"),
+            ("summed over ranks", _sum_text(self)),
             ("format", repr(request.quant)),
             ("activation", repr(request.activation)),
             ("device, dtype", f"{request.device}, {request.dtype}"),
@@ -95,6 +98,14 @@ def _experts_text(request: KernelRequest) -> str:
         f"{request.shape.num_experts}{extra}, top_k {request.shape.top_k}, "
         f"hidden {request.hidden_size}, intermediate {request.intermediate_size}"
     )
+
+
+def _sum_text(plan: Plan) -> str:
+    place = plan.request.placement
+    if plan.exchange is not None:
+        return f"by the layer: {plan.exchange}"
+    shards = place.tp_size * place.ep_size
+    return "one rank has all" if shards == 1 else f"by the caller, over {shards} ranks"
 
 
 def _form_text(plan: Plan) -> str:

@@ -46,6 +46,7 @@ def decide(
     kernel: MoeKernel | None = None,
     form: RoutingForm | None = None,
     strict: bool = False,
+    exchange: str | None = None,
 ) -> Decision:
     """Choose the kernel and the routing form of a layer.
 
@@ -55,6 +56,7 @@ def decide(
         kernel: the only kernel to consider; None chooses.
         form: the only routing form to consider; None prefers the kernel's own routing.
         strict: refuse a plan that is degraded in any way.
+        exchange: the name of what adds the ranks' partial sums; None leaves it to the caller.
 
     Returns:
         The plan and the kernel.
@@ -74,7 +76,7 @@ def decide(
         plan = _plan(request, strategy, taken, tuple(considered))
         if strict and plan.degraded:
             raise UnsupportedRouting("strict=True refuses: " + "; ".join(plan.degraded))
-        return Decision(plan=plan, kernel=taken.kernel)
+        return Decision(plan=attrs.evolve(plan, exchange=exchange), kernel=taken.kernel)
     raise _nothing_serves(considered)
 
 
