@@ -12,7 +12,6 @@ from typed_moe.kernels import (
     ExpertArgs,
     ExpertWeights,
     FromLogits,
-    MoeArgs,
     Precomputed,
     Routing,
     activation_arguments,
@@ -115,14 +114,6 @@ def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> C
             routing, request.shape.num_experts, request.num_fused_shared_experts
         )
     return CallInputs(routing=routing, hidden_states=hidden_states, copies=copies)
-
-
-def run(decision: Decision, args: MoeArgs, inputs: CallInputs, dtype: torch.dtype) -> Tensor:
-    """The kernel's call, with the rows of one token added up and cast to the caller's dtype."""
-    output = decision.kernel(args)
-    if inputs.copies > 1:
-        output = output.reshape(-1, inputs.copies, output.shape[1]).sum(dim=1)
-    return output.to(dtype)
 
 
 def expert_args(decision: Decision, weights: ExpertWeights) -> ExpertArgs:

@@ -7,7 +7,8 @@ from typing import final
 from torch import Tensor
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
-from typed_moe.runners._base import expert_args, route, run
+from typed_moe.runners._base import expert_args, route
+from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
 
 
@@ -18,6 +19,7 @@ class Bf16Runner:
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
         self._experts = expert_args(decision, weights)
+        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
 
     def __call__(
@@ -35,4 +37,4 @@ class Bf16Runner:
             gemm1_weights=self._w13,
             gemm2_weights=self._w2,
         )
-        return run(self._decision, args, inputs, hidden_states.dtype)
+        return self._call(args, inputs.copies, hidden_states.dtype)

@@ -9,7 +9,8 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import expert_args, present, route, run
+from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
 
@@ -22,6 +23,7 @@ class Fp4Runner:
         self._decision = decision
         self._quant = decision.plan.request.quant
         self._experts = expert_args(decision, weights)
+        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
@@ -51,7 +53,7 @@ class Fp4Runner:
             output1_scale_gate_scalar=None if scales is None else scales.gate,
             output2_scale_scalar=None if scales is None else scales.second,
         )
-        return run(self._decision, args, inputs, hidden_states.dtype)
+        return self._call(args, inputs.copies, hidden_states.dtype)
 
 
 def _scales(decision: Decision, weights: ExpertWeights) -> OutputScales | None:

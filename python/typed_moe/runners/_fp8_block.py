@@ -9,7 +9,8 @@ from torch import Tensor
 from typed_moe.config import Fp8BlockScale
 from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import expert_args, present, route, run
+from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
 
 
@@ -22,6 +23,7 @@ class Fp8BlockRunner:
         self._quant = decision.plan.request.quant
         self._deepseek = isinstance(self._quant, Fp8BlockScale)
         self._experts = expert_args(decision, weights)
+        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13 scales")
         self._w2_scale = present(weights.w2_scale, "w2 scales")
@@ -47,4 +49,4 @@ class Fp8BlockRunner:
             gemm2_weights_scale=self._w2_scale,
             fp8_quantization_type="DeepSeekFp8" if self._deepseek else "MxFp8",
         )
-        return run(self._decision, args, inputs, hidden_states.dtype)
+        return self._call(args, inputs.copies, hidden_states.dtype)

@@ -6,10 +6,11 @@ from typing import final
 
 from torch import Tensor
 
-from typed_moe.config import Fp8PerTensor, is_gated
+from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import expert_args, present, route, run
+from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
 
@@ -20,7 +21,9 @@ class Fp8PerTensorRunner:
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
+        self._quant = decision.plan.request.quant
         self._experts = expert_args(decision, weights)
+        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._input_scale = present(weights.w13_input_scale, "w13_input_scale")
         self._scales = output_scales(
@@ -39,7 +42,7 @@ class Fp8PerTensorRunner:
     ) -> Tensor:
         """See `MoeRunner`."""
         inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
-        x = quantize_activation(inputs.hidden_states, Fp8PerTensor(), input_scale=self._input_scale)
+        x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
         args = Fp8PerTensorMoeArgs(
             routing=inputs.routing,
             experts=self._experts,
@@ -50,4 +53,4 @@ class Fp8PerTensorRunner:
             gemm2_weights=self._w2,
             output2_scales_scalar=self._scales.second,
         )
-        return run(self._decision, args, inputs, hidden_states.dtype)
+        return self._call(args, inputs.copies, hidden_states.dtype)

@@ -1,0 +1,206 @@
+"""The kernel's call, also from inside a compiled graph.
+
+torch.compile cannot look into a kernel, and need not: under it the call is one custom operator per
+kernel family, `typed_moe::<family>_moe`, with every tensor of the record as an operand. What is
+not a tensor stays behind a handle, since no call changes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, Protocol, assert_never, cast, final, get_args
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from typed_moe.kernels import (
+    Bf16MoeArgs,
+    ExpertArgs,
+    Family,
+    Fp4MoeArgs,
+    Fp8BlockMoeArgs,
+    Fp8PerTensorMoeArgs,
+    FromLogits,
+    MoeArgs,
+    Precomputed,
+)
+from typed_moe.routing import InKernel, as_global_ids
+from typed_moe.runners._planning import Decision
+
+_TENSORS: Mapping[Family, tuple[str, ...]] = MappingProxyType(
+    {
+        "bf16": ("hidden_states", "gemm1_weights", "gemm2_weights"),
+        "fp8_per_tensor_scale": (
+            "hidden_states",
+            "gemm1_weights",
+            "output1_scales_scalar",
+            "output1_scales_gate_scalar",
+            "gemm2_weights",
+            "output2_scales_scalar",
+        ),
+        "fp8_block_scale": (
+            "hidden_states",
+            "hidden_states_scale",
+            "gemm1_weights",
+            "gemm1_weights_scale",
+            "gemm2_weights",
+            "gemm2_weights_scale",
+        ),
+        "fp4_block_scale": (
+            "hidden_states",
+            "hidden_states_scale",
+            "gemm1_weights",
+            "gemm1_weights_scale",
+            "gemm2_weights",
+            "gemm2_weights_scale",
+            "output1_scale_scalar",
+            "output1_scale_gate_scalar",
+            "output2_scale_scalar",
+        ),
+    }
+)
+"""The tensor fields of each record, in the order that the operator takes them."""
+
+_handles = itertools.count(1)
+_calls: WeakValueDictionary[int, KernelCall] = WeakValueDictionary()
+
+
+@final
+class KernelCall:
+    """What a runner calls: the decision's kernel, on records of one shape."""
+
+    def __init__(self, decision: Decision, experts: ExpertArgs) -> None:
+        self._kernel = decision.kernel
+        self._in_kernel = decision.plan.in_kernel
+        self._hidden_size = decision.plan.request.hidden_size
+        self._deepseek = decision.plan.request.quant.name == "fp8_block"
+        self._experts = experts
+        self._handle = next(_handles)
+        _calls[self._handle] = self
+
+    def __call__(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
+        """(T, H) in `dtype`, the `copies` rows of one token added up."""
+        if torch.compiler.is_compiling():
+            return self._traced(args, copies, dtype)
+        output = self._kernel(args)
+        if copies > 1:
+            output = output.reshape(-1, copies, output.shape[1]).sum(dim=1)
+        return output.to(dtype)
+
+    def _traced(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
+        routing = args.routing
+        if isinstance(routing, FromLogits):
+            first, second = routing.routing_logits, routing.routing_bias
+        else:
+            first, second = routing.topk_ids, routing.topk_weights
+        tensors = [getattr(args, name) for name in _TENSORS[args.family]]
+        return _OPERATORS[args.family](
+            first, second, tensors, self._handle, self._hidden_size, copies, dtype
+        )
+
+    def record(
+        self, family: Family, first: Tensor, second: Tensor | None, tensors: Sequence[Tensor | None]
+    ) -> MoeArgs:
+        """The record again, from its tensors."""
+        routing = self._routing(first, second)
+        fields = dict(zip(_TENSORS[family], tensors, strict=True))
+        return _make(family, routing, self._experts, fields, deepseek=self._deepseek)
+
+    def _routing(self, first: Tensor, second: Tensor | None) -> FromLogits | Precomputed:
+        told = self._in_kernel
+        if not isinstance(told, InKernel):
+            assert second is not None, "precomputed routing has weights"
+            return Precomputed(topk_ids=as_global_ids(first), topk_weights=second)
+        return FromLogits(
+            routing_logits=first,
+            routing_bias=second,
+            n_group=told.n_group,
+            topk_group=told.topk_group,
+            routed_scaling_factor=told.routed_scaling_factor,
+            routing_method_type=told.routing_method_type,
+            norm_topk_prob=told.norm_topk_prob,
+            use_routing_scales_on_input=told.use_routing_scales_on_input,
+        )
+
+
+def _make(
+    family: Family,
+    routing: FromLogits | Precomputed,
+    experts: ExpertArgs,
+    fields: Mapping[str, Tensor | None],
+    *,
+    deepseek: bool,
+) -> MoeArgs:
+    """One record of the family. A field that may not be None was none of them when it was sent."""
+    tensors = cast("Mapping[str, Tensor]", fields)
+    match family:
+        case "bf16":
+            return Bf16MoeArgs(routing=routing, experts=experts, **tensors)
+        case "fp8_per_tensor_scale":
+            return Fp8PerTensorMoeArgs(routing=routing, experts=experts, **tensors)
+        case "fp8_block_scale":
+            kind: Literal["DeepSeekFp8", "MxFp8"] = "DeepSeekFp8" if deepseek else "MxFp8"
+            return Fp8BlockMoeArgs(
+                routing=routing, experts=experts, fp8_quantization_type=kind, **tensors
+            )
+        case "fp4_block_scale":
+            return Fp4MoeArgs(routing=routing, experts=experts, **tensors)
+        case _:
+            assert_never(family)
+
+
+class _Operator(Protocol):
+    def __call__(
+        self,
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+def _operator(family: Family) -> _Operator:
+    """`typed_moe::<family>_moe`, with its shape for tracing."""
+
+    def launch(
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        del hidden_size
+        call = _calls[handle]
+        return call(call.record(family, first, second, tensors), copies, dtype)
+
+    def shape(
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        del second, tensors, handle
+        return first.new_empty((first.shape[0] // copies, hidden_size), dtype=dtype)
+
+    schema = torch.library.infer_schema(launch, mutates_args=())
+    name = f"typed_moe::{family}_moe"
+    torch.library.define(name, schema)
+    torch.library.impl(name, "CompositeExplicitAutograd", launch)
+    torch.library.register_fake(name, shape)
+    return cast("_Operator", getattr(torch.ops.typed_moe, f"{family}_moe").default)
+
+
+_OPERATORS: Mapping[Family, _Operator] = MappingProxyType(
+    {family: _operator(family) for family in get_args(Family)}
+)
