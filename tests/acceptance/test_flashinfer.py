@@ -199,8 +199,8 @@ NOT_PASSED = {
     "routing_replay_out": "the chosen ids are the strategy's to give; not offered yet",
     "gemm1_lora_delta": "no LoRA here",
     "per_token_scale": "NVFP4 activations have one static scale",
-    "valid_hidden_size": "no padding here",
-    "valid_intermediate_size": "no padding here",
+    "valid_hidden_size": "zeros are multiplied like any value",
+    "valid_intermediate_size": "as valid_hidden_size",
     "hidden_states_scale_layout": "linear, which is what None means",
     "num_fused_shared_experts": "precomputed: a shared expert is one more expert",
 }

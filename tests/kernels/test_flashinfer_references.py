@@ -29,6 +29,7 @@ from typed_moe import (
     MxFp4,
     MxFp8,
     Nvfp4,
+    Renormalize,
     RoutingForm,
     Swiglu,
     SwigluStep,
@@ -129,15 +130,18 @@ class Prepared:
         return oracle.moe(self.experts, self.read, routing.ids, weights, self.act)
 
 
-def prepared(covered: Covered, case: Case, form: RoutingForm) -> Prepared:
+def prepared(
+    covered: Covered, case: Case, form: RoutingForm, sizes: tuple[int, int] = (HIDDEN, WIDTH)
+) -> Prepared:
     """The layer of a case in a format, before its first call."""
+    hidden, width = sizes
     library = ReferenceLibrary()
     build = Build(
         routing=case.strategy,
         num_experts=case.num_experts,
         top_k=case.top_k,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
+        hidden_size=hidden,
+        intermediate_size=width,
         quant=covered.quant,
         activation=covered.activation,
         kernel=FlashInferKernel(library),
@@ -147,8 +151,8 @@ def prepared(covered: Covered, case: Case, form: RoutingForm) -> Prepared:
     bias = case.bias()
     # Exact in bfloat16, which the grouped kernel rounds it to.
     bias = None if bias is None else bias.bfloat16().float()
-    layer = build.loaded(random_experts(case.num_experts, HIDDEN, WIDTH), bias)
-    x, logits = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, case.num_experts)
+    layer = build.loaded(random_experts(case.num_experts, hidden, width), bias)
+    x, logits = torch.randn(TOKENS, hidden).bfloat16(), torch.randn(TOKENS, case.num_experts)
     _set_static_scales(layer, unit=covered.unit_scales)
     act = oracle.Act()
     if isinstance(covered.activation, SwigluStep):
@@ -258,3 +262,56 @@ def test_llama4_weights_the_input(covered: Covered) -> None:
     expected = oracle.moe(made.experts, read, routing.ids, ones, made.act)
 
     assert relative_error(got, expected) < ROUNDING + 2**-9
+
+
+PADDED = (*(one for one in (*UNIFORM, *WEIGHTED) if not isinstance(one.quant, Fp8BlockScale)),)
+
+
+@pytest.mark.parametrize("covered", PADDED, ids=lambda one: one.id)
+@pytest.mark.parametrize("sizes", [(160, 96), (288, 128), (128, 32)], ids=str)
+def test_widths_that_are_padded(sizes: tuple[int, int], covered: Covered) -> None:
+    """gpt-oss's 2880 in small: zeros behind both widths change nothing, and are cut off."""
+    (case,) = (c for c in SMALL if c.strategy.name == "RenormalizeNaive")
+    made = prepared(covered, case, RoutingForm.PRECOMPUTED, sizes)
+    got = made.layer(made.x, made.logits)
+    expected = made.expected(case.rule, case.top_k, uniform=covered in UNIFORM)
+
+    assert got.shape == (TOKENS, sizes[0])
+    assert relative_error(got, expected) < ROUNDING + 2**-9
+    ((_, arguments),) = made.library.calls
+    assert arguments["intermediate_size"] == 128
+
+
+@pytest.mark.parametrize("sizes", [(256, 128), (160, 96)], ids=str)
+def test_gpt_oss_experts_with_biases(sizes: tuple[int, int]) -> None:
+    """MXFP4 with biases on both matrices, which lie in the weights' row order."""
+    hidden, width = sizes
+    library = ReferenceLibrary()
+    build = Build(
+        routing=Renormalize(),
+        num_experts=16,
+        top_k=4,
+        hidden_size=hidden,
+        intermediate_size=width,
+        quant=MxFp4(activation="mxfp8"),
+        has_bias=True,
+        kernel=FlashInferKernel(library),
+        dtype=torch.bfloat16,
+    )
+    experts = random_experts(16, hidden, width, biases=True)
+    layer = build.loaded(experts)
+    stored = _stored(layer, build.quant)
+    stored = replace(
+        stored,
+        gate_bias=experts.gate_bias,
+        up_bias=experts.up_bias,
+        down_bias=experts.down_bias,
+    )
+    x, logits = torch.randn(TOKENS, hidden).bfloat16(), torch.randn(TOKENS, 16)
+    read = _as_read(layer, x, build.quant)
+    got = layer(x, logits)
+
+    routing = oracle.route(oracle.RULES["Renormalize"], logits, None, 4)
+    expected = oracle.moe(stored, read, routing.ids, routing.weights, oracle.Act())
+    assert layer.plan.form is RoutingForm.IN_KERNEL
+    assert relative_error(got, expected) < ROUNDING

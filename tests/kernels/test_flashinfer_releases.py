@@ -8,11 +8,13 @@ or one that is missing, raises.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import final
 
 import attrs
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tests.acceptance.cases import CASES, Case, find, sized
 from tests.kernels.recorded_flashinfer import RecordedLibrary
@@ -30,7 +32,11 @@ from typed_moe import (
     Nvfp4,
     Placement,
     Relu2,
+    Renormalize,
+    Routed,
     RoutingForm,
+    RoutingShape,
+    RoutingStrategy,
     Swiglu,
     SwigluStep,
     UnsupportedRouting,
@@ -274,14 +280,9 @@ def test_an_old_release() -> None:
     ("quant", "change", "message"),
     [
         (
-            Nvfp4(),
+            Fp8BlockScale(),
             lambda made: attrs.evolve(made, intermediate_size=192),
-            "intermediate_size per tensor-parallel rank is 192",
-        ),
-        (
-            MxFp4(),
-            lambda made: attrs.evolve(made, hidden_size=2880),
-            "hidden_size is 2880, not a multiple of 128",
+            "hidden_size is 128 and intermediate_size per tensor-parallel rank 192",
         ),
         (
             Fp8BlockScale(),
@@ -340,3 +341,42 @@ def test_a_release_that_lacks_every_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(library, "number", lambda enum, member: None)
     with pytest.raises(UnsupportedRouting, match=r"has no RoutingMethodType\.TopK"):
         build(find("Renormalize"), Nvfp4(), library).empty()
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Views(RoutingStrategy):
+    """int64 ids and float64 weights, both expanded."""
+
+    @property
+    @override
+    def name(self) -> str:
+        return "Views"
+
+    @override
+    def select_experts(
+        self, router_logits: Tensor, e_score_correction_bias: Tensor | None, *, shape: RoutingShape
+    ) -> Routed:
+        del e_score_correction_bias
+        rows = router_logits.shape[0]
+        ids = torch.arange(shape.top_k).expand(rows, -1)
+        return Routed(topk_ids=ids, topk_weights=torch.ones(shape.top_k).double().expand(rows, -1))
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=lambda quant: repr(quant)[:-2])
+def test_kernels_are_given_contiguous_tensors_of_their_dtypes(quant: Format) -> None:
+    """Strided logits and activations, and what a stranger's strategy may give."""
+    for strategy in (Renormalize(), Views()):
+        library = RecordedLibrary(NEWEST)
+        made = attrs.evolve(build(find("Renormalize"), quant, library), routing=strategy)
+        layer = run(made, None)
+        library.calls.clear()
+        wide, tall = torch.randn(3, 200).bfloat16(), torch.randn(32, 3)
+        layer(wide[:, 8:136], tall.T)
+        ((_, arguments),) = library.calls
+        for name, value in arguments.items():
+            for tensor in value if isinstance(value, tuple) else (value,):
+                assert not isinstance(tensor, Tensor) or tensor.is_contiguous(), name
+        given = arguments.get("topk_ids")
+        if isinstance(given, tuple):
+            assert [tensor.dtype for tensor in given] == [torch.int32, torch.float32]

@@ -14,6 +14,7 @@ from torch import Tensor
 from typed_moe.config import Bf16
 from typed_moe.kernels._flashinfer_layouts import uses_shuffled_weight
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.kernels._flashinfer_padding import padded_sizes
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
@@ -45,7 +46,7 @@ def constant_arguments(
 ) -> Arguments:
     """What no call changes."""
     arguments: Arguments = {
-        "intermediate_size": experts.intermediate_size,
+        "intermediate_size": padded_sizes(request)[1],
         "local_expert_offset": experts.local_expert_offset,
         "activation_type": library.number("ActivationType", experts.activation_type),
         "gemm1_alpha": experts.gemm1_alpha,
@@ -76,7 +77,7 @@ def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool
     shared = experts.num_fused_shared_experts
     if isinstance(routing, FromLogits):
         return {
-            "routing_logits": routing.routing_logits,
+            "routing_logits": routing.routing_logits.contiguous(),
             "routing_bias": routing.routing_bias,
             "num_experts": experts.num_experts,
             "local_num_experts": experts.local_num_experts,
@@ -115,7 +116,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
     match args:
         case Bf16MoeArgs():
             return {
-                "hidden_states": args.hidden_states,
+                "hidden_states": args.hidden_states.contiguous(),
                 "gemm1_weights": args.gemm1_weights,
                 "gemm2_weights": args.gemm2_weights,
             }

@@ -1,7 +1,7 @@
 """A layer's weights in the order that FlashInfer's trtllm kernels read them.
 
-Everything is a permutation, done expert by expert in the layer's own storage: no second copy of
-a layer's weights exists at any time. The steps, as FlashInfer's helpers do them (`tests/kernels/
+Widths that are no multiples of 128 are padded first. The rest is a permutation, done expert by expert
+in the layer's own storage: no second copy of a layer's weights exists at any time. The steps, as FlashInfer's helpers do them (`tests/kernels/
 test_flashinfer_layouts.py` compares):
 
     up rows before gate rows, then one of each in turn (`reorder_rows_for_gated_act_gemm`),
@@ -20,31 +20,33 @@ import torch
 from torch import Tensor
 
 from typed_moe.config import Bf16, Format, Fp8BlockScale, Fp8PerTensor, is_gated
+from typed_moe.kernels._flashinfer_padding import is_padded, pad_weights
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import Refused
 
 _BLOCK_BYTES = 128
-_SCALE_BLOCK = 128
 
 
 def layout_refusal(request: KernelRequest) -> Refused | None:
     """Widths that the layouts cannot hold; None if they can."""
+    if not isinstance(request.quant, Fp8BlockScale) or not is_padded(request):
+        return None
     width = request.placement.local_intermediate_size(request.intermediate_size)
-    for name, size in (
-        ("hidden_size", request.hidden_size),
-        ("intermediate_size per tensor-parallel rank", width),
-    ):
-        if size % 128:
-            return Refused(
-                f"{name} is {size}, not a multiple of 128, which the weight layout asks for; pad it"
-            )
-    return None
+    return Refused(
+        "takes whole blocks of 128 with fp8_block, gate and up apart; here hidden_size is "
+        f"{request.hidden_size} and intermediate_size per tensor-parallel rank {width}"
+    )
 
 
 def prepare_weights(weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
-    """The weights in the layout of the format's entry points, in the same storage."""
+    """The weights in the layout of the format's entry points.
+
+    In the same storage, unless a width has to be padded.
+    """
     gated = is_gated(request.activation)
+    if is_padded(request):
+        weights = pad_weights(weights, request)
     if isinstance(request.quant, Fp8BlockScale):
         return replace(_up_first(weights)) if gated else weights
     first = row_order(weights.w13_weight.shape[1], gated=gated).to(weights.w13_weight.device)

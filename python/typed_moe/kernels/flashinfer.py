@@ -28,6 +28,7 @@ from typed_moe.kernels._flashinfer_arguments import (
 )
 from typed_moe.kernels._flashinfer_layouts import layout_refusal, prepare_weights
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.kernels._flashinfer_padding import pad_activations
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.args import (
     ExpertArgs,
@@ -68,6 +69,7 @@ class FlashInferKernel:
         self._enable_pdl = enable_pdl
         self._request: KernelRequest | None = None
         self._packed = False
+        self._padded_from: int | None = None
         self._constants: WeakKeyDictionary[ExpertArgs, Arguments] = WeakKeyDictionary()
 
     @property
@@ -144,11 +146,14 @@ class FlashInferKernel:
         rules = self.rules(request)
         if isinstance(rules, KernelRules) and isinstance(rules.precomputed, PrecomputedRules):
             self._packed = rules.precomputed.packed
+        self._padded_from = request.hidden_size if request.hidden_size % 128 else None
         return prepare_weights(weights, request)
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) bfloat16; partial sums where the rank is one of several."""
         entry = entry_point(args.family, type(args.routing))
+        if self._padded_from is not None:
+            args = pad_activations(args, self._padded_from)
         constants = self._constants.get(args.experts)
         if constants is None:
             constants = self._constants.setdefault(args.experts, self._constant(args))
@@ -157,7 +162,8 @@ class FlashInferKernel:
             **routing_arguments(args, self._library, packed=self._packed),
             **tensor_arguments(args, self._library),
         }
-        return self._library.call(entry, self._accepted(entry, arguments))
+        output = self._library.call(entry, self._accepted(entry, arguments))
+        return output if self._padded_from is None else output[:, : self._padded_from]
 
     def _constant(self, args: MoeArgs) -> Arguments:
         assert self._request is not None, "weights are prepared before the first call"

@@ -101,7 +101,9 @@ def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> C
     """Final ids and weights; a weight that belongs on the input is applied to it here."""
     request = decision.plan.request
     copies = 1
-    ids, weights = routed.topk_ids, routed.topk_weights
+    # A strategy of one's own may give int64 or float64, or views; kernels read pointers.
+    ids = as_global_ids(routed.topk_ids.to(torch.int32).contiguous())
+    weights = routed.topk_weights.to(torch.float32).contiguous()
     if decision.plan.weight_on_input:
         copies = ids.shape[1]
         hidden_states = hidden_states.repeat_interleave(copies, dim=0)
