@@ -154,7 +154,7 @@ def _fp4(args: Fp4MoeArgs) -> Arguments:
     """
     scale = args.hidden_states_scale
     return {
-        "hidden_states": args.hidden_states,
+        "hidden_states": args.hidden_states.contiguous(),
         "hidden_states_scale": None if scale is None else scale.view(torch.float8_e4m3fn),
         "gemm1_weights": args.gemm1_weights,
         "gemm1_weights_scale": args.gemm1_weights_scale.view(torch.float8_e4m3fn),
