@@ -25,7 +25,7 @@ from typed_moe.config import (
     Unquantized,
 )
 from typed_moe.errors import CheckpointError, UnsupportedRouting
-from typed_moe.kernels import MoeKernel, ReferenceKernel
+from typed_moe.kernels import FlashInferKernel, MoeKernel, ReferenceKernel
 from typed_moe.layer import FusedMoE
 from typed_moe.models import (
     CheckpointLayout,
@@ -86,6 +86,7 @@ __all__ = [
     "DeepSeekV3",
     "Default",
     "Dispatched",
+    "FlashInferKernel",
     "Format",
     "Fp8BlockScale",
     "Fp8PerTensor",

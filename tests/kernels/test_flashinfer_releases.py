@@ -7,6 +7,7 @@ or one that is missing, raises.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import final
 
@@ -23,6 +24,7 @@ from tests.layer.build import Build, random_experts
 from typed_moe import (
     Bf16,
     DeepSeekV3,
+    FlashInferKernel,
     Format,
     Fp8BlockScale,
     Fp8PerTensor,
@@ -31,6 +33,7 @@ from typed_moe import (
     MxFp8,
     Nvfp4,
     Placement,
+    Refused,
     Relu2,
     Renormalize,
     Routed,
@@ -42,8 +45,8 @@ from typed_moe import (
     UnsupportedRouting,
 )
 from typed_moe.config import Activation
-from typed_moe.kernels import FlashInferKernel
 from typed_moe.kernels import flashinfer_facts as facts
+from typed_moe.kernels import installed_flashinfer
 from typed_moe.kernels.flashinfer_versions import parse_version
 
 FORMATS: tuple[Format, ...] = (
@@ -380,3 +383,13 @@ def test_kernels_are_given_contiguous_tensors_of_their_dtypes(quant: Format) -> 
         given = arguments.get("topk_ids")
         if isinstance(given, tuple):
             assert [tensor.dtype for tensor in given] == [torch.int32, torch.float32]
+
+
+def test_an_environment_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sentence with the command; nothing is imported until it is asked for."""
+    monkeypatch.setitem(sys.modules, "typed_moe.kernels._flashinfer", None)
+    with pytest.raises(UnsupportedRouting, match=r"pip install typed-moe\[flashinfer\]"):
+        FlashInferKernel()
+    absent = installed_flashinfer(torch.device("cuda"))
+    assert isinstance(absent, Refused)
+    assert "pip install" in absent.reason

@@ -51,20 +51,23 @@ class FlashInferKernel:
     the release that is called.
 
     Args:
-        library: the release to call.
+        library: the release to call; None is the installed one, imported here.
         tune_max_num_tokens: up to how many tokens the autotuner profiles. Fixed for the layer:
             a value that follows each call's T would profile again and again.
         enable_pdl: programmatic dependent launch; None leaves it to FlashInfer.
+
+    Raises:
+        UnsupportedRouting: FlashInfer is not installed or cannot be imported.
     """
 
     def __init__(
         self,
-        library: FlashInferLibrary,
+        library: FlashInferLibrary | None = None,
         *,
         tune_max_num_tokens: int = 8192,
         enable_pdl: bool | None = None,
     ) -> None:
-        self._library = library
+        self._library = _installed() if library is None else library
         self._tune_max_num_tokens = tune_max_num_tokens
         self._enable_pdl = enable_pdl
         self._request: KernelRequest | None = None
@@ -272,9 +275,16 @@ def installed_flashinfer(device: torch.device) -> FlashInferLibrary | Refused:
     if device.type != "cuda":
         return Refused(f"runs on SM100, SM103 and SM120 GPUs; this layer is on {device}")
     try:
+        return _installed()
+    except UnsupportedRouting as absent:
+        return Refused(str(absent))
+
+
+def _installed() -> FlashInferLibrary:
+    try:
         from typed_moe.kernels._flashinfer import InstalledFlashInfer  # noqa: PLC0415 - heavy
     except ImportError as error:
-        return Refused(
+        raise UnsupportedRouting(
             f"flashinfer cannot be imported ({error}); pip install typed-moe[flashinfer]"
-        )
+        ) from error
     return InstalledFlashInfer()
