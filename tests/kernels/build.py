@@ -24,13 +24,21 @@ from typed_moe.kernels import (
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
+    MxInt4MoeArgs,
     Precomputed,
     Routing,
 )
 from typed_moe.routing import as_global_ids
 
 RecordName = Literal[
-    "bf16", "fp8_per_tensor", "fp8_block", "mxfp8", "nvfp4", "mxfp4_bf16", "mxfp4_mxfp8"
+    "bf16",
+    "fp8_per_tensor",
+    "fp8_block",
+    "mxfp8",
+    "nvfp4",
+    "mxfp4_bf16",
+    "mxfp4_mxfp8",
+    "mxint4",
 ]
 KINDS: dict[oracle.Kind, ActivationType] = {
     "swiglu": "Swiglu",
@@ -105,6 +113,7 @@ def record(name: RecordName, act: oracle.Act) -> Record:
         "nvfp4": _nvfp4,
         "mxfp4_bf16": lambda wanted: _mxfp4(wanted, mx_activation=False),
         "mxfp4_mxfp8": lambda wanted: _mxfp4(wanted, mx_activation=True),
+        "mxint4": _mxint4,
     }
     return makers[name](act)
 
@@ -258,7 +267,7 @@ def _mxfp8(act: oracle.Act) -> Record:
 
 
 def _packed(*shape: int) -> Tensor:
-    """Random packed FP4 bytes for values of this shape."""
+    """Random packed four-bit codes for values of this shape."""
     return torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
 
 
@@ -335,4 +344,28 @@ def _mxfp4(act: oracle.Act, *, mx_activation: bool) -> Record:
         x=worth_x if mx_activation else x_bf16.double(),
         act=act,
         rounding=round_mx if mx_activation else lambda hidden: hidden.bfloat16().double(),
+    )
+
+
+def _mxint4(act: oracle.Act) -> Record:
+    x = torch.randn(TOKENS, HIDDEN).bfloat16()
+    first, second = _packed(EXPERTS, rows_of(act), HIDDEN), _packed(EXPERTS, HIDDEN, WIDTH)
+    s1 = (torch.rand(EXPERTS, rows_of(act), HIDDEN // 32) / 32 + 0.01).bfloat16()
+    s2 = (torch.rand(EXPERTS, HIDDEN, WIDTH // 32) / 32 + 0.01).bfloat16()
+    return Record(
+        make=lambda routing: MxInt4MoeArgs(
+            routing=routing,
+            experts=expert_args(act),
+            hidden_states=x,
+            gemm1_weights=first,
+            gemm1_weights_scale=s1,
+            gemm2_weights=second,
+            gemm2_weights_scale=s2,
+        ),
+        experts=_experts(
+            grids.int4(first) * _spread(s1, 1, 32), grids.int4(second) * _spread(s2, 1, 32), act
+        ),
+        x=x.double(),
+        act=act,
+        rounding=lambda hidden: hidden.bfloat16().double(),
     )

@@ -22,6 +22,7 @@ from typed_moe import (
     MiniMax2,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Refused,
     Renormalize,
@@ -138,6 +139,7 @@ def test_biased_methods_require_a_bias() -> None:
         (MxFp8(), "fp8_block_scale", False),
         (Nvfp4(), "fp4_block_scale", False),
         (MxFp4(), "fp4_block_scale", False),
+        (MxInt4(), "mxint4_block_scale", False),
     ],
     ids=repr,
 )

@@ -28,6 +28,7 @@ from typed_moe import (
     GroupedSoftmax,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     RoutingForm,
     Swiglu,
@@ -58,6 +59,11 @@ class Covered:
     quant: Format
     activation: Activation = attrs.field(factory=Swiglu)
     unit_scales: bool = False
+
+    @property
+    def width(self) -> int:
+        """int4 comes in blocks of 256."""
+        return 256 if isinstance(self.quant, MxInt4) else WIDTH
 
     @property
     def id(self) -> str:
@@ -137,7 +143,7 @@ def prepared(covered: Covered, case: Case, form: RoutingForm) -> Prepared:
         num_experts=case.num_experts,
         top_k=case.top_k,
         hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
+        intermediate_size=covered.width,
         quant=covered.quant,
         activation=covered.activation,
         kernel=FlashInferKernel(library),
@@ -147,7 +153,7 @@ def prepared(covered: Covered, case: Case, form: RoutingForm) -> Prepared:
     bias = case.bias()
     # Exact in bfloat16, which the grouped kernel rounds it to.
     bias = None if bias is None else bias.bfloat16().float()
-    layer = build.loaded(random_experts(case.num_experts, HIDDEN, WIDTH), bias)
+    layer = build.loaded(random_experts(case.num_experts, HIDDEN, covered.width), bias)
     x, logits = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, case.num_experts)
     _set_static_scales(layer, unit=covered.unit_scales)
     act = oracle.Act()
@@ -211,6 +217,17 @@ def test_from_logits(covered: Covered, case: Case) -> None:
     ((entry, arguments),) = made.library.calls
     assert not entry.endswith("_routed_moe")
     assert arguments["routing_logits"] is made.logits
+
+
+def test_int4_from_logits() -> None:
+    """Values, scales and their layouts; the reference knows Default alone."""
+    (case,) = (c for c in SMALL if c.strategy.name == "Default")
+    made = prepared(Covered(MxInt4()), case, RoutingForm.IN_KERNEL)
+    got = made.layer(made.x, made.logits)
+
+    assert relative_error(got, made.expected(case.rule, case.top_k)) < ROUNDING
+    ((entry, _),) = made.library.calls
+    assert entry == "trtllm_mxint4_block_scale_moe"
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if not c.rule.on_input], ids=lambda one: one.id)

@@ -27,6 +27,7 @@ from typed_moe import (
     FusedMoE,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Placement,
     Relu2,
@@ -48,6 +49,7 @@ FORMATS: tuple[Format, ...] = (
     Nvfp4(),
     MxFp4(),
     MxFp4(activation="mxfp8"),
+    MxInt4(),
 )
 ACTIVATIONS: tuple[Activation, ...] = (
     Swiglu(),
@@ -60,12 +62,13 @@ NEWEST = VERSIONS[-1]
 
 def build(case: Case, quant: Format, library: RecordedLibrary) -> Build:
     """A layer of 32 experts on a recorded release."""
+    width = 256 if isinstance(quant, MxInt4) else 128
     return Build(
         routing=case.strategy,
         num_experts=32,
         top_k=min(case.top_k, 4),
-        hidden_size=128,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=width,
         quant=quant,
         kernel=FlashInferKernel(library),
         dtype=torch.bfloat16,
@@ -89,7 +92,7 @@ def run(made: Build, bias: Tensor | None) -> FusedMoE:
             parameter.data.view(torch.uint8).fill_(1)
     if bias is not None:
         layer.load_weights([("e_score_correction_bias", bias)])
-    layer(torch.randn(3, 128).bfloat16(), torch.randn(3, made.num_experts))
+    layer(torch.randn(3, made.hidden_size).bfloat16(), torch.randn(3, made.num_experts))
     return layer
 
 
@@ -222,6 +225,30 @@ def test_packed_weights_are_said_to_be_rounded(version: str) -> None:
         assert ((given >> 16) < 32).all()
 
 
+def test_int4_takes_packed_words_in_every_release() -> None:
+    """The routed entry point came with 0.6.13 and has no tuple form."""
+    for version in VERSIONS:
+        library = RecordedLibrary(version)
+        made = attrs.evolve(
+            build(find("TopK"), MxInt4(), library), routing_form=RoutingForm.PRECOMPUTED
+        )
+        if release(version) < (0, 6, 13):
+            with pytest.raises(UnsupportedRouting, match="has no trtllm_mxint4_block_scale_routed"):
+                made.empty()
+            continue
+        layer = run(made, None)
+        ((_, arguments),) = library.calls
+        assert isinstance(arguments["topk_ids"], Tensor)
+        assert any("packed" in reason for reason in layer.plan.degraded)
+
+
+def test_int4_reads_no_float32_bias_where_that_would_be_wrong() -> None:
+    """flashinfer#3898: bfloat16 biases alone before 0.6.18, where no biased method is routed."""
+    for name, method in facts.METHODS.items():
+        if method.rules.bias_dtypes:
+            assert method.since >= (0, 6, 18), name
+
+
 def test_packed_words_hold_ids_and_weights() -> None:
     """(id << 16) | bfloat16 bits, as FlashInfer's own decoder reads them."""
     templates = pytest.importorskip("flashinfer.trace.templates.moe")
@@ -277,6 +304,21 @@ def test_an_old_release() -> None:
             Nvfp4(),
             lambda made: attrs.evolve(made, intermediate_size=192),
             "intermediate_size per tensor-parallel rank is 192",
+        ),
+        (
+            MxInt4(),
+            lambda made: attrs.evolve(made, intermediate_size=384),
+            "rank is 384, not a multiple of 256",
+        ),
+        (
+            MxInt4(),
+            lambda made: attrs.evolve(made, activation=Swiglu(limit=7.0)),
+            "alpha, beta and the limit are left out by some of its tactics",
+        ),
+        (
+            MxInt4(),
+            lambda made: attrs.evolve(made, has_bias=True),
+            "has no gemm1_bias, and the experts have biases",
         ),
         (
             MxFp4(),

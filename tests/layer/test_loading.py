@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.layer.build import Build, random_experts, relative_error, separate
+from tests.quantization import grids
 from typed_moe import (
     CheckpointError,
     CheckpointLayout,
@@ -18,7 +19,15 @@ from typed_moe import (
     RenormalizeNaive,
     Swiglu,
 )
-from typed_moe.config import FORMATS, Format, FormatName, Fp8BlockScale, Fp8PerTensor, MxFp4
+from typed_moe.config import (
+    FORMATS,
+    Format,
+    FormatName,
+    Fp8BlockScale,
+    Fp8PerTensor,
+    MxFp4,
+    MxInt4,
+)
 from typed_moe.quantization import quantize_weight, relative_error_bound
 
 RULE = oracle.RULES["RenormalizeNaive"]
@@ -124,6 +133,7 @@ def _stored(experts: oracle.Experts, fmt: Format, suffix: str) -> list[tuple[str
         ("fp8_per_tensor", ".weight_scale"),
         ("mxfp8", ".weight_scale"),
         ("mxfp4", ".weight_scale"),
+        ("mxint4", ".weight_scale"),
         ("nvfp4", ".weight_scale"),
     ],
 )
@@ -199,6 +209,40 @@ def test_gpt_oss_mxfp4_blocks() -> None:
 
     assert torch.equal(layer.get_parameter("w13_weight").data[:, :32], first.data[:, ::2])
     _check(layer, experts, oracle.Act(), relative_error_bound(MxFp4(), Swiglu()))
+
+
+def _pack_quantized(matrix: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' int4: value + 8, eight to an int32, the first in its lowest bits."""
+    stored = quantize_weight(matrix, MxInt4())
+    assert stored.scale is not None
+    codes = (grids.int4(stored.data) + 8).long().reshape(matrix.shape[0], -1, 8)
+    words = (codes << torch.arange(0, 32, 4)).sum(dim=2)
+    return {
+        "weight_packed": torch.where(words >= 2**31, words - 2**32, words).int(),
+        "weight_scale": stored.scale,
+        "weight_shape": torch.tensor(matrix.shape),
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int4_of_compressed_tensors(ranks: int) -> None:
+    """Kimi K2's published form, sharded or not: the stored numbers, and within the format's error."""
+    experts = random_experts(E, 256, 256)
+    tensors = [
+        (name.replace("weight", kind), tensor)
+        for name, matrix in separate(experts)
+        for kind, tensor in _pack_quantized(matrix).items()
+    ]
+    width = 256 // ranks
+    for rank in range(ranks):
+        layer = _big(MxInt4(), Placement(tp_size=ranks, tp_rank=rank))
+        layer.load_weights(tensors)
+        mine = quantize_weight(experts.down[:, :, rank * width : (rank + 1) * width], MxInt4())
+        assert mine.scale is not None
+        assert torch.equal(layer.get_parameter("w2_weight").data, mine.data)
+        assert torch.equal(layer.get_parameter("w2_weight_scale").data, mine.scale)
+        if ranks == 1:
+            _check(layer, experts, oracle.Act(), relative_error_bound(MxInt4(), Swiglu()))
 
 
 def test_state_dict_round_trip() -> None:

@@ -17,6 +17,7 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -45,6 +46,7 @@ def _scale(x: Tensor, fmt: Format) -> Tensor | None:
         (Fp8BlockScale(), 160, torch.float8_e4m3fn, (5, 2)),
         (MxFp8(), 160, torch.float8_e4m3fn, (5, 5)),
         (MxFp4(), 160, torch.bfloat16, None),
+        (MxInt4(), 160, torch.bfloat16, None),
         (MxFp4(activation="mxfp8"), 160, torch.float8_e4m3fn, (5, 5)),
         (Nvfp4(), 80, torch.uint8, (5, 10)),
     ],
@@ -85,6 +87,7 @@ def test_compiles_without_a_graph_break(fmt: Format) -> None:
     def round_trip(x: Tensor) -> Tensor:
         return dequantize_activation(quantize_activation(x, fmt, input_scale=scale), fmt)
 
+    torch.compiler.reset()  # there are more formats than recompilations allowed
     compiled = torch.compile(round_trip, backend="eager", fullgraph=True)
 
     assert torch.equal(compiled(x), round_trip(x))
@@ -191,9 +194,10 @@ def test_ragged_groups_are_refused(fmt: Format) -> None:
         quantize_activation(torch.randn(2, 40), fmt, input_scale=torch.tensor(1.0))
 
 
-def test_bf16_activation_of_mxfp4_has_no_groups() -> None:
-    """`MxFp4()` multiplies with bfloat16, which needs no groups of 32 along K."""
-    assert quantize_activation(torch.randn(2, 40), MxFp4()).data.shape == (2, 40)
+@pytest.mark.parametrize("fmt", [MxFp4(), MxInt4()], ids=str)
+def test_bf16_activations_have_no_groups(fmt: Format) -> None:
+    """They are multiplied as bfloat16, which needs no groups of 32 along K."""
+    assert quantize_activation(torch.randn(2, 40), fmt).data.shape == (2, 40)
 
 
 @every_format

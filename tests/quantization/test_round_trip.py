@@ -23,6 +23,7 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
 )
 from typed_moe.quantization import (
@@ -34,7 +35,7 @@ from typed_moe.quantization import (
     quantize_weight,
 )
 
-SCALED: list[Format] = [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4()]
+SCALED: list[Format] = [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4(), MxInt4()]
 every_scaled = pytest.mark.parametrize("fmt", SCALED, ids=lambda fmt: str(fmt.name))
 
 
@@ -62,6 +63,8 @@ def _multiplier(q: Quantized, fmt: Format, shape: torch.Size) -> Tensor:
             return expanded[..., : shape[-2], : shape[-1]]
         case MxFp8() | MxFp4():
             return grids.e8m0(q.scale).repeat_interleave(32, -1)
+        case MxInt4():
+            return q.scale.double().repeat_interleave(32, -1)
         case _:
             assert q.global_scale is not None
             scale = q.scale.double() * q.global_scale.double()[..., None, None]
@@ -69,7 +72,16 @@ def _multiplier(q: Quantized, fmt: Format, shape: torch.Size) -> Tensor:
 
 
 def _grid(fmt: Format) -> Tensor:
+    if isinstance(fmt, MxInt4):
+        return grids.INT4
     return grids.E2M1 if isinstance(fmt, (MxFp4, Nvfp4)) else grids.E4M3
+
+
+def _stored(q: Quantized, fmt: Format) -> Tensor:
+    """The stored values without their scales, float64."""
+    if isinstance(fmt, MxInt4):
+        return grids.int4(q.data)
+    return grids.e2m1(q.data) if q.data.dtype == torch.uint8 else q.data.double()
 
 
 @every_scaled
@@ -102,8 +114,7 @@ def test_nearest_value(fmt: Format, weight: Tensor) -> None:
     grid = _grid(fmt)
     scaled = weight.double() / _multiplier(q, fmt, weight.shape)
 
-    stored = grids.e2m1(q.data) if q.data.dtype == torch.uint8 else q.data.double()
-    wrong = stored != grids.nearest(scaled, grid)
+    wrong = _stored(q, fmt) != grids.nearest(scaled, grid)
 
     assert not bool((wrong & ~grids.near_tie(scaled, grid)).any())
 
@@ -144,6 +155,20 @@ def test_mx_scales_follow_the_floor_rule(
     expected = [math.frexp(amax)[1] - 1 - largest_exponent + 127 if amax else 0 for amax in groups]
 
     assert q.scale.flatten().tolist() == expected
+
+
+@hypothesis.given(weight=matrices())
+@hypothesis.settings(max_examples=8)
+def test_int4_scales_reach_7_or_minus_8(weight: Tensor) -> None:
+    """max / 7 or -min / 8, rounded to bfloat16, for each group of 32; 1 for zeros."""
+    q = quantize_weight(weight, MxInt4())
+    assert q.scale is not None
+    groups = weight.reshape(-1, 32)
+    wanted = torch.maximum(groups.amax(dim=1) / 7, groups.amin(dim=1) / -8)
+
+    expected = torch.where(wanted == 0, 1.0, wanted.clamp(min=2.0**-126)).bfloat16()
+
+    assert torch.equal(q.scale.flatten(), expected)
 
 
 @hypothesis.given(weight=matrices())

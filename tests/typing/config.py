@@ -11,6 +11,7 @@ from typed_moe import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Placement,
     Unquantized,
@@ -30,6 +31,7 @@ any_format: list[Format] = [
     MxFp8(),
     Nvfp4(),
     MxFp4(activation="bf16"),
+    MxInt4(),
 ]
 
 
@@ -42,7 +44,7 @@ def bits(fmt: Format) -> int:
             return 16
         case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
             return 8
-        case Nvfp4() | MxFp4():
+        case Nvfp4() | MxFp4() | MxInt4():
             return 4
         case _:
             assert_never(fmt)
@@ -68,7 +70,7 @@ def incomplete(fmt: Format) -> int:
             return 16
         case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
             return 8
-        case MxFp4():
+        case MxFp4() | MxInt4():
             return 4
         case _:
             assert_never(fmt)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

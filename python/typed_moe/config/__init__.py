@@ -20,8 +20,10 @@ from typed_moe.config._formats import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
+    values_per_byte,
     weight_block,
 )
 from typed_moe.config._placement import Placement
@@ -38,6 +40,7 @@ __all__ = [
     "Gelu",
     "MxFp4",
     "MxFp8",
+    "MxInt4",
     "Nvfp4",
     "Placement",
     "Relu2",
@@ -47,5 +50,6 @@ __all__ = [
     "Unquantized",
     "check_count",
     "is_gated",
+    "values_per_byte",
     "weight_block",
 ]

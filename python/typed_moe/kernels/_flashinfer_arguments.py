@@ -11,7 +11,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16
+from typed_moe.config import Bf16, MxInt4
 from typed_moe.kernels._flashinfer_layouts import uses_shuffled_weight
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.kernels._protocol import KernelRequest
@@ -23,6 +23,7 @@ from typed_moe.kernels.args import (
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
+    MxInt4MoeArgs,
     Precomputed,
 )
 
@@ -66,7 +67,7 @@ def constant_arguments(
 
 
 def _weight_layout(request: KernelRequest, library: FlashInferLibrary) -> int | None:
-    member = "BlockMajorK" if isinstance(request.quant, Bf16) else "MajorK"
+    member = "BlockMajorK" if isinstance(request.quant, Bf16 | MxInt4) else "MajorK"
     return library.number("WeightLayout", member)
 
 
@@ -142,6 +143,14 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             }
         case Fp4MoeArgs():
             return _fp4(args)
+        case MxInt4MoeArgs():
+            return {
+                "hidden_states": args.hidden_states,
+                "gemm1_weights": args.gemm1_weights,
+                "gemm1_weights_scale": args.gemm1_weights_scale,
+                "gemm2_weights": args.gemm2_weights,
+                "gemm2_weights_scale": args.gemm2_weights_scale,
+            }
         case _:
             assert_never(args)
 
@@ -172,7 +181,7 @@ def gate_scale(args: MoeArgs) -> Tensor | None:
             return args.output1_scales_gate_scalar
         case Fp4MoeArgs():
             return args.output1_scale_gate_scalar
-        case Bf16MoeArgs() | Fp8BlockMoeArgs():
+        case Bf16MoeArgs() | Fp8BlockMoeArgs() | MxInt4MoeArgs():
             return None
         case _:
             assert_never(args)

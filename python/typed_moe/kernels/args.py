@@ -211,10 +211,35 @@ class Fp4MoeArgs:
     output2_scale_scalar: Tensor | None
 
 
-MoeArgs = Bf16MoeArgs | Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MxInt4MoeArgs:
+    """`trtllm_mxint4_block_scale_moe`, `trtllm_mxint4_block_scale_routed_moe`.
+
+    Attributes:
+        hidden_states: (T, H) bfloat16.
+        gemm1_weights: (L, M, H / 2) uint8, two int4 values per byte.
+        gemm1_weights_scale: (L, M, H / 32) bfloat16.
+        gemm2_weights: (L, H, I / 2) uint8.
+        gemm2_weights_scale: (L, H, I / 32) bfloat16.
+    """
+
+    family: ClassVar[Literal["mxint4_block_scale"]] = "mxint4_block_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    gemm1_weights: Tensor
+    gemm1_weights_scale: Tensor
+    gemm2_weights: Tensor
+    gemm2_weights_scale: Tensor
+
+
+MoeArgs = Bf16MoeArgs | Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs | MxInt4MoeArgs
 """Any argument record."""
 
-Family = Literal["bf16", "fp8_per_tensor_scale", "fp8_block_scale", "fp4_block_scale"]
+Family = Literal[
+    "bf16", "fp8_per_tensor_scale", "fp8_block_scale", "fp4_block_scale", "mxint4_block_scale"
+]
 
 
 def entry_point(family: Family, routing: type[FromLogits | Precomputed]) -> str:

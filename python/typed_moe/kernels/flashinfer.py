@@ -220,6 +220,11 @@ def layer_refusal(request: KernelRequest) -> Refused | None:
         return Refused(
             f"runs {', '.join(sorted(allowed))} with {quant.name}; the activation is {activation}"
         )
+    if quant.name in facts.PLAIN_SWIGLU and activation != Swiglu():
+        return Refused(
+            f"runs Swiglu() with {quant.name}; of {activation}, alpha, beta and the limit are left "
+            "out by some of its tactics"
+        )
     if quant.name in facts.RAW_LIMITS:
         if isinstance(activation, Swiglu) and activation != Swiglu():
             return Refused(

@@ -25,6 +25,7 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -102,7 +103,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Routing methods from logits, the same for every entry point.
 
 DeepSeekV3's grouped kernel is right one release earlier than the ungrouped one (flashinfer#3946);
-the difference is not worth a second line.
+the difference is not worth a second line. int4 reads bfloat16 biases alone before 0.6.18
+(flashinfer#3898), where no method with a bias is routed.
 """
 
 WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale"})
@@ -119,7 +121,8 @@ TUPLE_IDS: Mapping[Family, Version] = MappingProxyType(
 """Since when precomputed ids and float32 weights are taken side by side.
 
 Earlier ones take a packed word of id and bfloat16 weight. FP4 takes a pair from 0.6.12 on, and
-reads its float32 weights as such from 0.6.16 on (flashinfer#3763).
+reads its float32 weights as such from 0.6.16 on (flashinfer#3763). A family that is not here takes
+packed words in every release.
 """
 
 ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
@@ -130,11 +133,19 @@ ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
         "mxfp8": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "nvfp4": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "mxfp4": frozenset({"Swiglu", "Relu2"}),
+        "mxint4": frozenset({"Swiglu"}),
     }
 )
 """By format. FlashInfer's docstrings; SwigluStep as its references compute it.
 
 Geglu is left out: FlashInfer's docstrings name it without saying which GELU it is.
+"""
+
+PLAIN_SWIGLU = frozenset({"mxint4"})
+"""Formats that run Swiglu without alpha, beta and limit only.
+
+The entry points take all three, but a precomputed call may run a tactic that leaves them out:
+`MxInt4BlockScaleLauncher::run_da_body` of 0.7.2.post1 sets them to null.
 """
 
 RAW_LIMITS = frozenset({"fp8_per_tensor", "nvfp4"})
@@ -154,7 +165,9 @@ def precomputed_rules(family: Family, version: Version) -> PrecomputedRules:
     tier = Tier(max_experts=2048, max_top_k=32)
     if version < (0, 6, 7):
         tier = Tier(max_experts=512, max_top_k=10)
-    return PrecomputedRules(tiers=(tier,), packed=version < TUPLE_IDS[family])
+    since = TUPLE_IDS.get(family)
+    packed = since is None or version < since
+    return PrecomputedRules(tiers=(tier,), packed=packed)
 
 
 def methods(version: Version) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
@@ -182,5 +195,7 @@ def family_of(fmt: Format) -> Family | None:
             return "fp8_block_scale"
         case Nvfp4() | MxFp4():
             return "fp4_block_scale"
+        case MxInt4():
+            return "mxint4_block_scale"
         case _:
             assert_never(fmt)

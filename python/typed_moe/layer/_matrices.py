@@ -20,8 +20,10 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
+    values_per_byte,
     weight_block,
 )
 from typed_moe.errors import CheckpointError
@@ -58,7 +60,7 @@ class StoredMatrix:
     def columns(self, start: int, stop: int) -> StoredMatrix:
         """The columns from start to stop; as values where they cut through one of the blocks."""
         block = weight_block(self.fmt)[1]
-        packing = 2 if isinstance(self.fmt, Nvfp4 | MxFp4) else 1
+        packing = values_per_byte(self.fmt)
         if _cuts(block, start, stop, packing * self.stored.data.shape[1]):
             return self._plain(self.values()[:, start:stop])
         scale = self.stored.scale
@@ -82,17 +84,19 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     Args:
         name: for messages.
         tensors: by kind: `weight` and, by format, `weight_scale_inv`, `weight_scale`,
-            `weight_scale_2`, `input_scale`.
+            `weight_scale_2`, `input_scale`; int4 of compressed-tensors has `weight_packed` for
+            `weight`.
         shape: the rows and columns that the layer expects.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype.
     """
-    weight = tensors.get("weight")
+    weight = _int4_bytes(tensors["weight_packed"]) if "weight_packed" in tensors else None
+    weight = tensors.get("weight", weight)
     if weight is None:
         raise CheckpointError(f"{name}.weight is missing; the checkpoint has {sorted(tensors)}")
     fmt = _format(name, weight, tensors)
-    packing = 2 if isinstance(fmt, Nvfp4 | MxFp4) else 1
+    packing = values_per_byte(fmt)
     if tuple(weight.shape) != (shape[0], shape[1] // packing):
         raise CheckpointError(
             f"{name}.weight has shape {tuple(weight.shape)}; allowed: "
@@ -104,6 +108,19 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     return StoredMatrix(
         fmt=fmt, stored=_checked(name, fmt, stored, shape), input_scale=tensors.get("input_scale")
     )
+
+
+def _int4_bytes(packed: Tensor) -> Tensor:
+    """int32 (rows, K / 8) of compressed-tensors as uint8 (rows, K / 2): the layer's own int4.
+
+    Both have the even index in the low nibble. compressed-tensors stores value + 8, which is the
+    two's complement with its sign bit turned over.
+
+    Source: compressed-tensors `pack_to_int32`; Kimi K2's int4 checkpoints.
+    """
+    if packed.dtype is not torch.int32:
+        return packed
+    return packed.contiguous().view(torch.uint8) ^ 0x88
 
 
 def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
@@ -126,13 +143,15 @@ def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
     if weight.dtype is torch.uint8 and scale is not None:
         if scale.dtype is torch.uint8:
             return MxFp4()
+        if scale.dtype is torch.bfloat16:
+            return MxInt4()
         if "weight_scale_2" in tensors:
             return Nvfp4()
     raise CheckpointError(
         f"{name}.weight is {weight.dtype} with {sorted(set(tensors) - {'weight'}) or 'no scale'}; "
         "allowed: float32, bfloat16 or float16 without a scale, float8_e4m3fn with "
         "weight_scale_inv (blocks) or weight_scale (one, or E8M0 bytes), uint8 with weight_scale "
-        "(MXFP4) or weight_scale and weight_scale_2 (NVFP4)"
+        "(E8M0 bytes: MXFP4, bfloat16: int4) or weight_scale and weight_scale_2 (NVFP4)"
     )
 
 

@@ -14,6 +14,7 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -49,7 +50,7 @@ def quantize_activation(x: Tensor, fmt: Format, *, input_scale: Tensor | None = 
         `Fp8BlockScale` float8_e4m3fn (T, K), float32 (T, ceil(K/128)), one per 1x128;
         `MxFp8` and `MxFp4(activation="mxfp8")` float8_e4m3fn (T, K), uint8 (T, K/32);
         `Nvfp4` uint8 (T, K/2), float8_e4m3fn (T, K/16), `global_scale` ();
-        `Bf16` and `MxFp4(activation="bf16")` bfloat16 (T, K), no scale;
+        `Bf16`, `MxInt4` and `MxFp4(activation="bf16")` bfloat16 (T, K), no scale;
         `Unquantized` x itself.
 
     Raises:
@@ -61,7 +62,7 @@ def quantize_activation(x: Tensor, fmt: Format, *, input_scale: Tensor | None = 
     match fmt:
         case Unquantized():
             return Quantized(data=x, scale=None)
-        case Bf16() | MxFp4(activation="bf16"):
+        case Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return Quantized(data=x.to(torch.bfloat16), scale=None)
         case Fp8PerTensor():
             scale = _static_scale(input_scale, fmt)
@@ -95,7 +96,7 @@ def dequantize_activation(q: Quantized, fmt: Format) -> Tensor:
             format's.
     """
     match fmt:
-        case Unquantized() | Bf16() | MxFp4(activation="bf16"):
+        case Unquantized() | Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return q.data.to(torch.float32)
         case Fp8PerTensor():
             check_data(q, torch.float8_e4m3fn, fmt.name)
@@ -125,8 +126,16 @@ def _check_activation(x: Tensor, fmt: Format) -> None:
             f"x has shape {tuple(x.shape)}; allowed: (T, K), one row a token. Flatten the "
             "leading dimensions first."
         )
-    group = 1 if isinstance(fmt, MxFp4) and fmt.activation == "bf16" else row_group(fmt)
-    check_columns("x", x.shape, group, fmt.name)
+    check_columns("x", x.shape, _row_group(fmt), fmt.name)
+
+
+def _row_group(fmt: Format) -> int:
+    """As `row_group`, but for the formats that multiply their groups with plain bfloat16."""
+    match fmt:
+        case MxInt4() | MxFp4(activation="bf16"):
+            return 1
+        case _:
+            return row_group(fmt)
 
 
 def _static_scale(input_scale: Tensor | None, fmt: Fp8PerTensor | Nvfp4) -> Tensor:

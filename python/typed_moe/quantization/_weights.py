@@ -20,8 +20,10 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
+    values_per_byte,
 )
 from typed_moe.quantization import _rows
 from typed_moe.quantization._checks import (
@@ -35,7 +37,7 @@ from typed_moe.quantization._record import Quantized
 from typed_moe.quantization._scales import calibration_scale
 
 _CHUNK_VALUES = 1 << 20  # 4 MiB as float32: stays in a CPU's cache, and fills a GPU
-_Scaled = Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | Nvfp4
+_Scaled = Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4
 
 
 def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
@@ -52,6 +54,7 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
         `Fp8BlockScale` float32 (..., ceil(N/128), ceil(K/128)), amax / 448, the
         `weight_scale_inv` of DeepSeek checkpoints;
         `MxFp8` and `MxFp4` uint8 (..., N, K/32), E8M0 exponent bytes;
+        `MxInt4` bfloat16 (..., N, K/32), the larger of max / 7 and -min / 8;
         `Nvfp4` float8_e4m3fn (..., N, K/16) and `global_scale` float32 (...,), amax / (6 * 448).
         `Unquantized` gives the weight itself, `Bf16` a bfloat16 copy (or itself).
 
@@ -70,7 +73,7 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
             return Quantized(data=weight, scale=None)
         case Bf16():
             return Quantized(data=weight.to(torch.bfloat16), scale=None)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | Nvfp4():
+        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | MxInt4() | Nvfp4():
             return _quantize_scaled(weight.detach(), fmt, amax)
         case _:
             assert_never(fmt)
@@ -93,7 +96,7 @@ def dequantize_weight(q: Quantized, fmt: Format) -> Tensor:
     match fmt:
         case Unquantized() | Bf16():
             return q.data.to(torch.float32)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | Nvfp4():
+        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | MxInt4() | Nvfp4():
             return _dequantize_scaled(q, fmt)
         case _:
             assert_never(fmt)
@@ -165,6 +168,8 @@ def _quantize_chunk(
             result = _rows.quantize_mxfp8(values)
         case MxFp4():
             result = _rows.quantize_mxfp4(values)
+        case MxInt4():
+            result = _rows.quantize_mxint4(values)
         case Nvfp4():
             assert global_scale is not None
             result = _rows.quantize_nvfp4(values, global_scale)
@@ -176,9 +181,9 @@ def _quantize_chunk(
 
 def _dequantize_scaled(q: Quantized, fmt: _Scaled) -> Tensor:
     """Fill the float32 result chunk by chunk."""
-    packed = isinstance(fmt, (MxFp4, Nvfp4))
-    check_data(q, torch.uint8 if packed else torch.float8_e4m3fn, fmt.name)
-    shape = torch.Size((*q.data.shape[:-1], q.data.shape[-1] * (2 if packed else 1)))
+    packing = values_per_byte(fmt)
+    check_data(q, torch.float8_e4m3fn if packing == 1 else torch.uint8, fmt.name)
+    shape = torch.Size((*q.data.shape[:-1], q.data.shape[-1] * packing))
     scale = checked_scale(q, *weight_scale_layout(fmt, shape), fmt.name).contiguous()
     global_scale = None
     if isinstance(fmt, Nvfp4):
@@ -207,6 +212,8 @@ def _dequantize_chunk(
             return _rows.dequantize_mxfp8(data, scale)
         case MxFp4():
             return _rows.dequantize_mxfp4(data, scale)
+        case MxInt4():
+            return _rows.dequantize_mxint4(data, scale)
         case Nvfp4():
             assert global_scale is not None
             return _rows.dequantize_nvfp4(data, scale, global_scale)
@@ -216,8 +223,9 @@ def _dequantize_chunk(
 
 def _empty_data(weight: Tensor, fmt: _Scaled) -> Tensor:
     """Room for the stored values of a weight."""
-    if isinstance(fmt, (MxFp4, Nvfp4)):
-        shape = (*weight.shape[:-1], weight.shape[-1] // 2)
+    packing = values_per_byte(fmt)
+    if packing > 1:
+        shape = (*weight.shape[:-1], weight.shape[-1] // packing)
         return torch.empty(shape, dtype=torch.uint8, device=weight.device)
     return torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
 

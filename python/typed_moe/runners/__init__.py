@@ -10,6 +10,7 @@ from typed_moe.config import (
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -19,6 +20,7 @@ from typed_moe.runners._bf16 import Bf16Runner
 from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
 from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
+from typed_moe.runners._mxint4 import MxInt4Runner
 from typed_moe.runners._plan import Candidate, Plan
 from typed_moe.runners._planning import Decision, decide
 
@@ -31,6 +33,7 @@ __all__ = [
     "Fp8BlockRunner",
     "Fp8PerTensorRunner",
     "MoeRunner",
+    "MxInt4Runner",
     "Plan",
     "decide",
     "make_runner",
@@ -48,5 +51,7 @@ def make_runner(decision: Decision, weights: ExpertWeights) -> MoeRunner:
             return Fp8BlockRunner(decision, weights)
         case Nvfp4() | MxFp4():
             return Fp4Runner(decision, weights)
+        case MxInt4():
+            return MxInt4Runner(decision, weights)
         case quant:
             assert_never(quant)
