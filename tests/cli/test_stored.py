@@ -15,6 +15,7 @@ from tests.cli.plain import layer_output, relative
 from typed_moe import (
     CheckpointLayout,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     FusedMoE,
     MxFp4,
@@ -238,10 +239,12 @@ def test_static_scales_of_a_checkpoint_are_kept(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "fmt", [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), MxInt4(), Nvfp4()], ids=str
+    "fmt",
+    [Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), MxFp4(), MxInt4(), Nvfp4()],
+    ids=str,
 )
 def test_stored_values_are_read_as_the_format_says(
-    fmt: Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4,
+    fmt: Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4,
 ) -> None:
     """The oracle's own reading of each format equals the package's, block edges included."""
     weight = torch.randn(160, 224) * torch.logspace(-2, 2, 224)

@@ -12,6 +12,7 @@ from typed_moe import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -92,7 +93,9 @@ def test_row_order(rows: int, *, gated: bool) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    "quant", [Fp8PerTensor(), MxFp8(), Nvfp4(), MxFp4()], ids=lambda quant: quant.name
+    "quant",
+    [Fp8PerTensor(), Fp8PerChannel(), MxFp8(), Nvfp4(), MxFp4()],
+    ids=lambda quant: quant.name,
 )
 def test_shuffled_formats(quant: Format, *, gated: bool) -> None:
     """Values, scales and biases lie as their helpers put them."""
@@ -116,6 +119,10 @@ def test_shuffled_formats(quant: Format, *, gated: bool) -> None:
     ):
         assert scale is not None
         assert tiled is not None
+        if isinstance(quant, Fp8PerChannel):
+            rows = _theirs(scale.unsqueeze(2), gated=halves).squeeze(2)
+            assert torch.equal(tiled, rows)
+            continue
         linear = _unswizzle_batched_sf_128x4(_bytes(tiled), *scale.shape)
         assert torch.equal(linear, _theirs(_bytes(scale), gated=halves))
 
@@ -182,7 +189,7 @@ def test_deepseek_fp8_is_up_first_and_not_shuffled() -> None:
 
 @pytest.mark.parametrize(
     "quant",
-    [Bf16(), Fp8PerTensor(), Fp8BlockScale(), MxFp8(), Nvfp4(), MxFp4(), MxInt4()],
+    [Bf16(), Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), Nvfp4(), MxFp4(), MxInt4()],
     ids=lambda quant: quant.name,
 )
 def test_no_second_copy(quant: Format) -> None:

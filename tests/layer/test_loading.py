@@ -24,6 +24,7 @@ from typed_moe.config import (
     Format,
     FormatName,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxInt4,
@@ -131,6 +132,7 @@ def _stored(experts: oracle.Experts, fmt: Format, suffix: str) -> list[tuple[str
     [
         ("fp8_block", ".weight_scale_inv"),
         ("fp8_per_tensor", ".weight_scale"),
+        ("fp8_per_channel", ".weight_scale"),
         ("mxfp8", ".weight_scale"),
         ("mxfp4", ".weight_scale"),
         ("mxint4", ".weight_scale"),
@@ -174,6 +176,31 @@ def test_block_scaled_values_are_copied_bit_for_bit(ranks: int) -> None:
 
 def _bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_channel_scales_of_compressed_tensors(ranks: int, dtype: torch.dtype) -> None:
+    """`weight_scale` (N, 1), float32 or bfloat16: values as stored, scales with their rows."""
+    tensors = {
+        name: tensor[:, None].to(dtype) if name.endswith("_scale") else tensor
+        for name, tensor in _stored(random_experts(E, 256, 256), Fp8PerChannel(), ".weight_scale")
+    }
+    width = 256 // ranks
+    for rank in range(ranks):
+        layer = _big(Fp8PerChannel(), Placement(tp_size=ranks, tp_rank=rank))
+        layer.load_weights(tensors.items())
+        mine = slice(rank * width, (rank + 1) * width)
+        for e in range(E):
+            first, second = (layer.get_parameter(n).data[e] for n in ("w13_weight", "w2_weight"))
+            assert _bits(first[:width], tensors[f"{e}.gate_proj.weight"][mine])
+            assert _bits(first[width:], tensors[f"{e}.up_proj.weight"][mine])
+            assert _bits(second, tensors[f"{e}.down_proj.weight"][:, mine])
+            rows = layer.get_parameter("w13_weight_scale").data[e]
+            halves = [tensors[f"{e}.{p}_proj.weight_scale"][mine, 0] for p in ("gate", "up")]
+            assert torch.equal(rows, torch.cat(halves).float())
+            down = tensors[f"{e}.down_proj.weight_scale"][:, 0].float()
+            assert torch.equal(layer.get_parameter("w2_weight_scale").data[e], down)
 
 
 def test_gpt_oss_mxfp4_blocks() -> None:

@@ -17,6 +17,7 @@ from typed_moe import (
     DeepSeekV3,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -53,6 +54,7 @@ def _quantised(experts: oracle.Experts, fmt: Format, scale_name: str) -> list[tu
     ("fmt", "scale_name", "width"),
     [
         (Fp8BlockScale(), "weight_scale_inv", 384),
+        (Fp8PerChannel(), "weight_scale", 90),
         (MxFp8(), "weight_scale", 96),
         (MxFp4(), "weight_scale", 96),
         (MxInt4(), "weight_scale", 96),

@@ -14,6 +14,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -43,6 +44,7 @@ def _scale(x: Tensor, fmt: Format) -> Tensor | None:
         (Unquantized(), 160, torch.float32, None),
         (Bf16(), 160, torch.bfloat16, None),
         (Fp8PerTensor(), 160, torch.float8_e4m3fn, ()),
+        (Fp8PerChannel(), 160, torch.float8_e4m3fn, (5, 1)),
         (Fp8BlockScale(), 160, torch.float8_e4m3fn, (5, 2)),
         (MxFp8(), 160, torch.float8_e4m3fn, (5, 5)),
         (MxFp4(), 160, torch.bfloat16, None),
@@ -131,6 +133,19 @@ def test_non_finite_values_spoil_their_group_only(fmt: Format, value: float) -> 
     assert bool(back[1].isfinite().all())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_values_spoil_their_token_only(value: float) -> None:
+    """Where a token has one scale, the whole of it shows."""
+    x = torch.randn(2, 256)
+    x[0, 3] = value
+
+    back = dequantize_activation(quantize_activation(x, Fp8PerChannel()), Fp8PerChannel())
+
+    assert bool(back[0, 3].isnan())
+    assert not bool(back[0].isfinite().any())
+    assert bool(back[1].isfinite().all())
+
+
 def test_static_scales_saturate_infinity_and_keep_nan() -> None:
     """Under a static scale an infinity is the largest value, a NaN stays NaN."""
     x = torch.ones(1, 32)
@@ -209,7 +224,9 @@ def test_no_token_rows_are_refused(fmt: Format) -> None:
         quantize_activation(torch.zeros(2, 32, dtype=torch.int64), fmt)
 
 
-@pytest.mark.parametrize("fmt", [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), Nvfp4()], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), Nvfp4()], ids=str
+)
 def test_dequantize_refuses_what_does_not_fit(fmt: Format) -> None:
     """Missing or misshapen scales are errors, not broadcasts."""
     x = torch.randn(4, 256)

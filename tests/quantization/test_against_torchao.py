@@ -29,7 +29,16 @@ import torch
 from torch import Tensor
 
 from tests.quantization import grids
-from typed_moe.config import Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, MxInt4, Nvfp4
+from typed_moe.config import (
+    Format,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
+)
 from typed_moe.quantization import quantize_activation, quantize_weight
 
 ROWS, COLUMNS = 256, 256
@@ -73,22 +82,28 @@ INPUTS = _inputs()
 every_input = pytest.mark.parametrize("name", list(INPUTS))
 
 
+BLOCKS: dict[tuple[int, int], Format] = {
+    (128, 128): Fp8BlockScale(),
+    (1, COLUMNS): Fp8PerChannel(),
+    (ROWS, COLUMNS): Fp8PerTensor(),
+}
+
+
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 @every_input
-@pytest.mark.parametrize("block", [(128, 128), (1, 128), (ROWS, COLUMNS)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, COLUMNS), (ROWS, COLUMNS)], ids=str)
 def test_fp8_with_float32_scales(name: str, block: tuple[int, int]) -> None:
-    """Scales and data of 128x128, 1x128 and whole-tensor blocks, where torchao's is not 0."""
+    """Scales and data of 128x128, 1x128, whole rows and tensors, where torchao's is not 0."""
     values = INPUTS[name].float()
     scale = primitives._choose_scale_float8(values, list(block))
     data = primitives._quantize_affine_float8(values, scale)
     if block == (1, 128):
         ours = quantize_activation(INPUTS[name], Fp8BlockScale())
     else:
-        fmt = Fp8BlockScale() if block == (128, 128) else Fp8PerTensor()
-        ours = quantize_weight(INPUTS[name], fmt)
+        ours = quantize_weight(INPUTS[name], BLOCKS[block])
     assert ours.scale is not None
 
     normal = scale >= torch.finfo(torch.float32).tiny

@@ -20,6 +20,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     Geglu,
     Gelu,
@@ -128,7 +129,18 @@ def test_it_holds_and_is_not_slack(fmt: Format, activation: Activation) -> None:
 
 
 @pytest.mark.parametrize(
-    "fmt", [Bf16(), Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4(), MxInt4()], ids=str
+    "fmt",
+    [
+        Bf16(),
+        Fp8PerTensor(),
+        Fp8PerChannel(),
+        Fp8BlockScale(),
+        MxFp8(),
+        MxFp4(),
+        Nvfp4(),
+        MxInt4(),
+    ],
+    ids=str,
 )
 def test_it_notices_a_wrong_scale(fmt: Format) -> None:
     """Half of the rows at twice their size is beyond the bound of every format."""
@@ -138,7 +150,7 @@ def test_it_notices_a_wrong_scale(fmt: Format) -> None:
             data = q.data.clone()
             data[::2] *= 2
             return Quantized(data=data, scale=None)
-        if isinstance(fmt, (Fp8PerTensor, Fp8BlockScale)):
+        if isinstance(fmt, (Fp8PerTensor, Fp8PerChannel, Fp8BlockScale)):
             return Quantized(data=q.data, scale=q.scale * 2)
         scale = q.scale.clone()
         if scale.dtype == torch.uint8:
@@ -172,7 +184,7 @@ def test_it_notices_a_coarser_format() -> None:
 def test_order_of_the_formats(activation: Activation) -> None:
     """Fewer bits, or coarser scales, never have the smaller bound."""
     order: list[Format] = [
-        Unquantized(), Bf16(), Fp8BlockScale(), Fp8PerTensor(), MxFp8(), MxFp4(), MxInt4(),
+        Unquantized(), Bf16(), Fp8BlockScale(), Fp8PerChannel(), Fp8PerTensor(), MxFp8(), MxFp4(), MxInt4(),
         MxFp4(activation="mxfp8"), Nvfp4(),
     ]  # fmt: skip
     bounds = [relative_error_bound(fmt, activation) for fmt in order]

@@ -20,6 +20,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -35,7 +36,15 @@ from typed_moe.quantization import (
     quantize_weight,
 )
 
-SCALED: list[Format] = [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4(), MxInt4()]
+SCALED: list[Format] = [
+    Fp8PerTensor(),
+    Fp8PerChannel(),
+    Fp8BlockScale(),
+    MxFp8(),
+    MxFp4(),
+    Nvfp4(),
+    MxInt4(),
+]
 every_scaled = pytest.mark.parametrize("fmt", SCALED, ids=lambda fmt: str(fmt.name))
 
 
@@ -58,6 +67,8 @@ def _multiplier(q: Quantized, fmt: Format, shape: torch.Size) -> Tensor:
     match fmt:
         case Fp8PerTensor():
             return q.scale.double()[..., None, None].expand(shape)
+        case Fp8PerChannel():
+            return q.scale.double()[..., None].expand(shape)
         case Fp8BlockScale():
             expanded = q.scale.double().repeat_interleave(128, -1).repeat_interleave(128, -2)
             return expanded[..., : shape[-2], : shape[-1]]
@@ -122,15 +133,19 @@ def test_nearest_value(fmt: Format, weight: Tensor) -> None:
 @hypothesis.given(weight=matrices())
 @hypothesis.settings(max_examples=8)
 def test_float32_scales_are_amax_over_448(weight: Tensor) -> None:
-    """Per expert matrix and per 128x128 block, edges included; 1 where there are only zeros."""
-    tensor, block = (
-        quantize_weight(weight, fmt).scale for fmt in (Fp8PerTensor(), Fp8BlockScale())
+    """Per matrix, row and 128x128 block, edges included; 1 where there are only zeros."""
+    tensor, rows, block = (
+        quantize_weight(weight, fmt).scale
+        for fmt in (Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale())
     )
     assert tensor is not None
+    assert rows is not None
     assert block is not None
     for expert in range(2):
         amax = float(weight[expert].abs().max())
         assert tensor[expert].item() == _float32(amax / 448 if amax else 1.0)
+        of_rows = weight[expert].abs().amax(dim=1).tolist()
+        assert rows[expert].tolist() == [_float32(a / 448 if a else 1.0) for a in of_rows]
         for row in range(block.shape[1]):
             for column in range(block.shape[2]):
                 part = weight[
@@ -189,7 +204,9 @@ def test_nvfp4_scales_have_two_levels(weight: Tensor) -> None:
     assert not bool((wrong & ~grids.near_tie(wanted, grids.E4M3)).any())
 
 
-@pytest.mark.parametrize("fmt", [Fp8BlockScale(), MxFp8(), MxFp4(activation="mxfp8"), Nvfp4()])
+@pytest.mark.parametrize(
+    "fmt", [Fp8PerChannel(), Fp8BlockScale(), MxFp8(), MxFp4(activation="mxfp8"), Nvfp4()]
+)
 @hypothesis.given(weight=matrices())
 @hypothesis.settings(max_examples=8)
 def test_activations_are_rows_of_weights(fmt: Format, weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -27,6 +28,7 @@ from typed_moe.quantization import Quantized, dequantize_weight, quantize_weight
 every_format = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=lambda fmt: str(fmt.name))
 SCALES: list[tuple[Format, torch.dtype, torch.dtype, tuple[int, ...]]] = [
     (Fp8PerTensor(), torch.float8_e4m3fn, torch.float32, (3,)),
+    (Fp8PerChannel(), torch.float8_e4m3fn, torch.float32, (3, 200)),
     (Fp8BlockScale(), torch.float8_e4m3fn, torch.float32, (3, 2, 3)),
     (MxFp8(), torch.float8_e4m3fn, torch.uint8, (3, 200, 9)),
     (MxFp4(), torch.uint8, torch.uint8, (3, 200, 9)),

@@ -8,6 +8,7 @@ from typed_moe import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -27,6 +28,7 @@ any_format: list[Format] = [
     Unquantized(),
     Bf16(),
     Fp8PerTensor(),
+    Fp8PerChannel(),
     Fp8BlockScale(),
     MxFp8(),
     Nvfp4(),
@@ -42,7 +44,7 @@ def bits(fmt: Format) -> int:
             return 32
         case Bf16():
             return 16
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
+        case Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale() | MxFp8():
             return 8
         case Nvfp4() | MxFp4() | MxInt4():
             return 4
@@ -68,7 +70,7 @@ def incomplete(fmt: Format) -> int:
     match fmt:
         case Unquantized() | Bf16():
             return 16
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
+        case Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale() | MxFp8():
             return 8
         case MxFp4() | MxInt4():
             return 4

@@ -242,6 +242,8 @@ def _plain(stored: Tensor, scale: Tensor | None, global_scale: Tensor | None) ->
         return stored.double() * _spread(_e8m0_values(scale), 1, 32)
     if scale.numel() == 1:
         return stored.double() * scale.double()
+    if tuple(scale.shape) in ((stored.shape[0],), (stored.shape[0], 1)):
+        return stored.double() * scale.double().reshape(-1, 1)
     # Blocks of 128 x 128, the last of which may be cut short.
     return stored.double() * _spread(scale, 128, 128)[: stored.shape[0], : stored.shape[1]]
 

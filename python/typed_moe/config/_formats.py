@@ -42,6 +42,18 @@ class Fp8PerTensor:
 
 @final
 @attrs.frozen(kw_only=True)
+class Fp8PerChannel:
+    """float8_e4m3fn with float32 scales: weights per output row, activations per token.
+
+    Activations are quantised at run time. Source: compressed-tensors FP8 checkpoints with channel
+    scales (`FP8_DYNAMIC`), FlashInfer `trtllm_fp8_per_channel_scale_moe`.
+    """
+
+    name: ClassVar[Literal["fp8_per_channel"]] = "fp8_per_channel"
+
+
+@final
+@attrs.frozen(kw_only=True)
 class Fp8BlockScale:
     """float8_e4m3fn with float32 scales: weights per 128x128 block, activations per 1x128.
 
@@ -106,11 +118,29 @@ class MxInt4:
     name: ClassVar[Literal["mxint4"]] = "mxint4"
 
 
-Format = Unquantized | Bf16 | Fp8PerTensor | Fp8BlockScale | MxFp8 | Nvfp4 | MxFp4 | MxInt4
+Format = (
+    Unquantized
+    | Bf16
+    | Fp8PerTensor
+    | Fp8PerChannel
+    | Fp8BlockScale
+    | MxFp8
+    | Nvfp4
+    | MxFp4
+    | MxInt4
+)
 """Any quantisation format a layer can hold."""
 
 FormatName = Literal[
-    "unquantized", "bf16", "fp8_per_tensor", "fp8_block", "mxfp8", "nvfp4", "mxfp4", "mxint4"
+    "unquantized",
+    "bf16",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_block",
+    "mxfp8",
+    "nvfp4",
+    "mxfp4",
+    "mxint4",
 ]
 
 FORMATS: dict[FormatName, Format] = {
@@ -119,6 +149,7 @@ FORMATS: dict[FormatName, Format] = {
         Unquantized(),
         Bf16(),
         Fp8PerTensor(),
+        Fp8PerChannel(),
         Fp8BlockScale(),
         MxFp8(),
         Nvfp4(),
@@ -130,9 +161,12 @@ FORMATS: dict[FormatName, Format] = {
 
 
 def weight_block(fmt: Format) -> tuple[int, int]:
-    """Rows and columns of one weight matrix that share a scale; (1, 1) where none do."""
+    """Rows and columns of one weight matrix that cannot be cut apart without a new scale.
+
+    (1, 1) where any cut will do: there is no scale, or it is the whole matrix's or each row's.
+    """
     match fmt:
-        case Unquantized() | Bf16() | Fp8PerTensor():
+        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8PerChannel():
             return (1, 1)
         case Fp8BlockScale():
             return (128, 128)

@@ -20,6 +20,7 @@ from typed_moe.kernels.args import (
     ExpertArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
@@ -129,6 +130,8 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
                 "gemm2_weights": args.gemm2_weights,
                 "output2_scales_scalar": args.output2_scales_scalar,
             }
+        case Fp8PerChannelMoeArgs():
+            return _per_channel(args)
         case Fp8BlockMoeArgs():
             return {
                 "hidden_states": args.hidden_states,
@@ -155,6 +158,20 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             assert_never(args)
 
 
+def _per_channel(args: Fp8PerChannelMoeArgs) -> Arguments:
+    return {
+        "hidden_states": args.hidden_states,
+        "hidden_states_scale": args.hidden_states_scale.contiguous(),
+        "gemm1_weights": args.gemm1_weights,
+        "gemm1_per_channel_weight_scale": args.gemm1_per_channel_weight_scale,
+        "output1_scale_scalar": args.output1_scale_scalar,
+        "output1_scale_gate_scalar": args.output1_scale_gate_scalar,
+        "gemm2_weights": args.gemm2_weights,
+        "gemm2_per_channel_weight_scale": args.gemm2_per_channel_weight_scale,
+        "output2_scale_scalar": args.output2_scale_scalar,
+    }
+
+
 def _fp4(args: Fp4MoeArgs) -> Arguments:
     """Scales go as float8_e4m3fn, the E8M0 bytes of MX formats too.
 
@@ -179,7 +196,7 @@ def gate_scale(args: MoeArgs) -> Tensor | None:
     match args:
         case Fp8PerTensorMoeArgs():
             return args.output1_scales_gate_scalar
-        case Fp4MoeArgs():
+        case Fp8PerChannelMoeArgs() | Fp4MoeArgs():
             return args.output1_scale_gate_scalar
         case Bf16MoeArgs() | Fp8BlockMoeArgs() | MxInt4MoeArgs():
             return None

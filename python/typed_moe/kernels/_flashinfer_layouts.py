@@ -23,7 +23,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16, Format, Fp8BlockScale, Fp8PerTensor, MxInt4, is_gated
+from typed_moe.config import (
+    Bf16,
+    Format,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxInt4,
+    is_gated,
+)
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import Refused
@@ -67,7 +75,8 @@ def prepare_weights(weights: ExpertWeights, request: KernelRequest) -> ExpertWei
         for scale, order in ((weights.w13_scale, first), (weights.w2_scale, second)):
             assert scale is not None, "the format has scales"
             _permute_rows(scale, order)
-            _interleave_scales(scale)
+            if not isinstance(request.quant, Fp8PerChannel):
+                _interleave_scales(scale)
     if isinstance(request.quant, Bf16 | MxInt4):
         return replace(
             weights,

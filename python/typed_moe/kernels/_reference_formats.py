@@ -12,11 +12,20 @@ import attrs
 import torch
 from torch import Tensor
 
-from typed_moe.config import Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, MxInt4, Nvfp4
+from typed_moe.config import (
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
+)
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     MoeArgs,
     MxInt4MoeArgs,
@@ -57,6 +66,8 @@ def numerics_of(args: MoeArgs) -> Numerics:
             return _Plain(args=args)
         case Fp8PerTensorMoeArgs():
             return _PerTensor(args=args)
+        case Fp8PerChannelMoeArgs():
+            return _PerChannel(args=args)
         case Fp8BlockMoeArgs():
             return _Block(args=args)
         case Fp4MoeArgs():
@@ -114,6 +125,41 @@ class _PerTensor:
         ).data.float()
         product = rounded @ args.gemm2_weights[expert].float().T
         return product * args.output2_scales_scalar[expert]
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _PerChannel:
+    args: Fp8PerChannelMoeArgs
+
+    @property
+    def hidden_size(self) -> int:
+        return self.args.gemm2_weights.shape[1]
+
+    def hidden_states(self, token: Tensor) -> Tensor:
+        stored = Quantized(
+            data=self.args.hidden_states[token], scale=self.args.hidden_states_scale[token]
+        )
+        return dequantize_activation(stored, Fp8PerChannel())
+
+    def first(self, x: Tensor, expert: int) -> Tensor:
+        args = self.args
+        weight = self._weight(args.gemm1_weights, args.gemm1_per_channel_weight_scale, expert)
+        return (x @ weight.T) * args.output1_scale_gate_scalar[expert]
+
+    def second(self, hidden: Tensor, expert: int, *, gated: bool) -> Tensor:
+        args, fmt = self.args, Fp8PerChannel()
+        stored = hidden * _to_stored(
+            args.output1_scale_scalar[expert], args.output1_scale_gate_scalar[expert], gated=gated
+        )
+        rounded = dequantize_activation(quantize_activation(stored, fmt), fmt)
+        weight = self._weight(args.gemm2_weights, args.gemm2_per_channel_weight_scale, expert)
+        return (rounded @ weight.T) * args.output2_scale_scalar[expert]
+
+    def _weight(self, weights: Tensor, scales: Tensor, expert: int) -> Tensor:
+        return dequantize_weight(
+            Quantized(data=weights[expert], scale=scales[expert]), Fp8PerChannel()
+        )
 
 
 @final

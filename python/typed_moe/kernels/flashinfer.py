@@ -94,7 +94,7 @@ class FlashInferKernel:
         return self._rules(family, version, request)
 
     def _rules(self, family: Family, version: Version, request: KernelRequest) -> KernelRules:
-        served, not_served = facts.methods(version)
+        served, not_served = facts.methods(version, family)
         for name in tuple(served):
             if self._library.number("RoutingMethodType", name) is None:
                 reason = f"{self.name} has no RoutingMethodType.{name}"

@@ -22,6 +22,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -107,7 +108,7 @@ the difference is not worth a second line. int4 reads bfloat16 biases alone befo
 (flashinfer#3898), where no method with a bias is routed.
 """
 
-WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale"})
+WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale", "fp8_per_channel_scale"})
 """Families whose entry points can apply the weight to the expert's input, where told to."""
 
 TUPLE_IDS: Mapping[Family, Version] = MappingProxyType(
@@ -129,6 +130,7 @@ ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "bf16": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "fp8_per_tensor": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "fp8_per_channel": frozenset({"Swiglu", "Relu2"}),
         "fp8_block": frozenset({"Swiglu"}),
         "mxfp8": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "nvfp4": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
@@ -170,9 +172,17 @@ def precomputed_rules(family: Family, version: Version) -> PrecomputedRules:
     return PrecomputedRules(tiers=(tier,), packed=packed)
 
 
-def methods(version: Version) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
-    """The methods that a release routes from logits, and why it does not route the others."""
+def methods(
+    version: Version, family: Family
+) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
+    """The methods that a release routes from logits, and why it does not route the others.
+
+    With FP8 per channel, a weight on the input asks for bfloat16 logits (launcher,
+    `Fp8PerChannelLauncher::check_routing`).
+    """
     served = {name: method.rules for name, method in METHODS.items() if version >= method.since}
+    if family == "fp8_per_channel_scale" and "Llama4" in served:
+        served["Llama4"] = attrs.evolve(_LLAMA4, logits_dtypes=(torch.bfloat16,))
     refused = {
         name: f"FlashInfer below {version_text(method.since)} does not route {name} here: "
         f"{method.before}"
@@ -191,6 +201,8 @@ def family_of(fmt: Format) -> Family | None:
             return "bf16"
         case Fp8PerTensor():
             return "fp8_per_tensor_scale"
+        case Fp8PerChannel():
+            return "fp8_per_channel_scale"
         case Fp8BlockScale() | MxFp8():
             return "fp8_block_scale"
         case Nvfp4() | MxFp4():

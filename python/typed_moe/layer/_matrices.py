@@ -17,6 +17,7 @@ from torch import Tensor
 from typed_moe.config import (
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -51,7 +52,7 @@ class StoredMatrix:
         if _cuts(block, start, stop, self.stored.data.shape[0]):
             return self._plain(self.values()[start:stop])
         scale = self.stored.scale
-        if scale is not None and scale.dim() == 2:
+        if scale is not None and scale.dim() > 0:
             scale = scale[start // block : -(-stop // block)]
         return attrs.evolve(
             self, stored=replace(self.stored, data=self.stored.data[start:stop], scale=scale)
@@ -140,6 +141,8 @@ def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
             return MxFp8()
         if scale is not None and scale.numel() == 1:
             return Fp8PerTensor()
+        if scale is not None and tuple(scale.shape) in ((weight.shape[0],), (weight.shape[0], 1)):
+            return Fp8PerChannel()
     if weight.dtype is torch.uint8 and scale is not None:
         if scale.dtype is torch.uint8:
             return MxFp4()
@@ -150,7 +153,7 @@ def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
     raise CheckpointError(
         f"{name}.weight is {weight.dtype} with {sorted(set(tensors) - {'weight'}) or 'no scale'}; "
         "allowed: float32, bfloat16 or float16 without a scale, float8_e4m3fn with "
-        "weight_scale_inv (blocks) or weight_scale (one, or E8M0 bytes), uint8 with weight_scale "
+        "weight_scale_inv (blocks) or weight_scale (one, one per row, or E8M0 bytes), uint8 with weight_scale "
         "(E8M0 bytes: MXFP4, bfloat16: int4) or weight_scale and weight_scale_2 (NVFP4)"
     )
 
@@ -165,11 +168,14 @@ def _checked(name: str, fmt: Format, stored: Quantized, shape: tuple[int, int]) 
     if isinstance(fmt, Fp8PerTensor):
         expected = ()
         scale = scale.reshape(())
+    if isinstance(fmt, Fp8PerChannel):
+        expected = (rows,)
+        scale = scale.flatten()
     if tuple(scale.shape) != expected:
         raise CheckpointError(
             f"the scale of {name} has shape {tuple(scale.shape)}; allowed: {expected} for {fmt.name}"
         )
-    if isinstance(fmt, Fp8BlockScale | Fp8PerTensor):
+    if isinstance(fmt, Fp8BlockScale | Fp8PerTensor | Fp8PerChannel):
         scale = scale.float()
     second = stored.global_scale
     return replace(

@@ -17,6 +17,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -115,6 +116,8 @@ def _matrix(
                 "weight_scale": ((), torch.float32),
                 "input_scale": ((), torch.float32),
             }
+        case Fp8PerChannel():
+            return {"weight": fp8, "weight_scale": ((rows,), torch.float32)}
         case Fp8BlockScale():
             blocks = (-(-rows // 128), -(-columns // 128))
             return {"weight": fp8, "weight_scale_inv": (blocks, torch.float32)}
@@ -169,7 +172,7 @@ def scale_name(prefix: str, fmt: Format) -> str | None:
             return None
         case Fp8BlockScale():
             return f"{prefix}_weight_scale_inv"
-        case Fp8PerTensor() | MxFp8() | Nvfp4() | MxFp4() | MxInt4():
+        case Fp8PerTensor() | Fp8PerChannel() | MxFp8() | Nvfp4() | MxFp4() | MxInt4():
             return f"{prefix}_weight_scale"
         case _:
             assert_never(fmt)

@@ -11,6 +11,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -29,7 +30,7 @@ def row_group(fmt: Format) -> int:
             return MX_GROUP
         case Nvfp4():
             return NVFP4_GROUP
-        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8BlockScale():
+        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale():
             return 1
         case _:
             assert_never(fmt)
@@ -67,13 +68,16 @@ def check_weight(weight: Tensor, fmt: Format) -> None:
 
 
 def weight_scale_layout(
-    fmt: Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4, shape: torch.Size
+    fmt: Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4,
+    shape: torch.Size,
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a weight's scales, from the weight's shape (..., N, K)."""
     experts, (rows, columns) = tuple(shape[:-2]), shape[-2:]
     match fmt:
         case Fp8PerTensor():
             return experts, torch.float32
+        case Fp8PerChannel():
+            return (*experts, rows), torch.float32
         case Fp8BlockScale():
             return (*experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)), torch.float32
         case MxFp8() | MxFp4():

@@ -10,6 +10,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     Geglu,
     Gelu,
@@ -26,9 +27,9 @@ from typed_moe.config import (
 
 _BF16 = 2.0**-16 / 3  # square of u / sqrt(3), u = 2^-8: seven stored mantissa bits
 
-# Values that share a per-tensor scale: any number, as long as the largest is under 2^10 times
+# Values that share the scale of a tensor or of a row: any number, as long as the largest is under 2^10 times
 # the root mean square. Beyond 2^13 the subnormals of E4M3 would begin to count.
-_PER_TENSOR_CREST_SQUARED = 2.0**20
+_CREST_SQUARED = 2.0**20
 
 # s^2 E[f'(sZ)^2] / E[f(sZ)^2], Z standard normal, at the worst s (for a clamp: s up to the
 # limit, and the worst limit). Rounded up; tests/quantization/test_error_bound.py integrates them.
@@ -98,8 +99,8 @@ def _weight_error(fmt: Format) -> float:
     match fmt:
         case Unquantized() | Bf16():
             return _BF16
-        case Fp8PerTensor():
-            return _e4m3_error(_PER_TENSOR_CREST_SQUARED, 448.0)
+        case Fp8PerTensor() | Fp8PerChannel():
+            return _e4m3_error(_CREST_SQUARED, 448.0)
         case Fp8BlockScale():
             return _e4m3_error(128.0 * 128.0, 448.0)
         case MxFp8():
@@ -120,8 +121,8 @@ def _activation_error(fmt: Format) -> float:
     match fmt:
         case Unquantized() | Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return _BF16
-        case Fp8PerTensor():
-            return _e4m3_error(_PER_TENSOR_CREST_SQUARED, 448.0)
+        case Fp8PerTensor() | Fp8PerChannel():
+            return _e4m3_error(_CREST_SQUARED, 448.0)
         case Fp8BlockScale():
             return _e4m3_error(128.0, 448.0)
         case MxFp8() | MxFp4():

@@ -48,6 +48,17 @@ def quantize_fp8_per_tensor(rows: Tensor, scale: Tensor) -> Tensor:
     return to_e4m3(rows / scale)
 
 
+def quantize_fp8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 (R, K) to float8_e4m3fn (R, K) and float32 (R,), the row's amax / 448."""
+    scale = float_scale(rows.abs().amax(dim=-1), E4M3_MAX)
+    return to_e4m3(rows / scale.unsqueeze(-1)), scale
+
+
+def dequantize_fp8_rows(data: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantize_fp8_rows`: float32 (R, K)."""
+    return data.to(torch.float32) * scale.unsqueeze(-1)
+
+
 def quantize_fp8_blocks(rows: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
     """One float32 scale for each block of `block_rows` x 128; edge blocks may be smaller.
 

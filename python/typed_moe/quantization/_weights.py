@@ -17,6 +17,7 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -37,7 +38,7 @@ from typed_moe.quantization._record import Quantized
 from typed_moe.quantization._scales import calibration_scale
 
 _CHUNK_VALUES = 1 << 20  # 4 MiB as float32: stays in a CPU's cache, and fills a GPU
-_Scaled = Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4
+_Scaled = Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4
 
 
 def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
@@ -51,6 +52,7 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
     Returns:
         The values and, by format, their scales:
         `Fp8PerTensor` float32 (...,), amax / 448;
+        `Fp8PerChannel` float32 (..., N), amax / 448 of each row;
         `Fp8BlockScale` float32 (..., ceil(N/128), ceil(K/128)), amax / 448, the
         `weight_scale_inv` of DeepSeek checkpoints;
         `MxFp8` and `MxFp4` uint8 (..., N, K/32), E8M0 exponent bytes;
@@ -73,10 +75,8 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
             return Quantized(data=weight, scale=None)
         case Bf16():
             return Quantized(data=weight.to(torch.bfloat16), scale=None)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | MxInt4() | Nvfp4():
-            return _quantize_scaled(weight.detach(), fmt, amax)
         case _:
-            assert_never(fmt)
+            return _quantize_scaled(weight.detach(), fmt, amax)
 
 
 def dequantize_weight(q: Quantized, fmt: Format) -> Tensor:
@@ -96,10 +96,8 @@ def dequantize_weight(q: Quantized, fmt: Format) -> Tensor:
     match fmt:
         case Unquantized() | Bf16():
             return q.data.to(torch.float32)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | MxInt4() | Nvfp4():
-            return _dequantize_scaled(q, fmt)
         case _:
-            assert_never(fmt)
+            return _dequantize_scaled(q, fmt)
 
 
 def _finite_amax(weight: Tensor) -> Tensor:
@@ -131,6 +129,8 @@ def _scales_of(scale: Tensor, fmt: _Scaled, expert: int, rows: range) -> Tensor:
     """The part of a weight's scales, as a view, that belongs to these rows of one expert."""
     if isinstance(fmt, Fp8PerTensor):
         return scale.flatten()[expert]
+    if isinstance(fmt, Fp8PerChannel):
+        return scale.view(-1, scale.shape[-1])[expert, rows.start : rows.stop]
     size = _rows.FP8_BLOCK if isinstance(fmt, Fp8BlockScale) else 1
     return _stacked(scale)[expert, rows.start // size : -(-rows.stop // size)]
 
@@ -162,6 +162,8 @@ def _quantize_chunk(
         case Fp8PerTensor():
             data.copy_(_rows.quantize_fp8_per_tensor(values, scale))
             return
+        case Fp8PerChannel():
+            result = _rows.quantize_fp8_rows(values)
         case Fp8BlockScale():
             result = _rows.quantize_fp8_blocks(values, _rows.FP8_BLOCK)
         case MxFp8():
@@ -206,6 +208,8 @@ def _dequantize_chunk(
     match fmt:
         case Fp8PerTensor():
             return data.to(torch.float32) * scale
+        case Fp8PerChannel():
+            return _rows.dequantize_fp8_rows(data, scale)
         case Fp8BlockScale():
             return _rows.dequantize_fp8_blocks(data, scale, _rows.FP8_BLOCK)
         case MxFp8():

@@ -7,6 +7,7 @@ from typing import assert_never
 from typed_moe.config import (
     Bf16,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
@@ -19,6 +20,7 @@ from typed_moe.runners._base import MoeRunner
 from typed_moe.runners._bf16 import Bf16Runner
 from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
+from typed_moe.runners._fp8_per_channel import Fp8PerChannelRunner
 from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
 from typed_moe.runners._mxint4 import MxInt4Runner
 from typed_moe.runners._plan import Candidate, Plan
@@ -31,6 +33,7 @@ __all__ = [
     "ExpertWeights",
     "Fp4Runner",
     "Fp8BlockRunner",
+    "Fp8PerChannelRunner",
     "Fp8PerTensorRunner",
     "MoeRunner",
     "MxInt4Runner",
@@ -47,6 +50,8 @@ def make_runner(decision: Decision, weights: ExpertWeights) -> MoeRunner:
             return Bf16Runner(decision, weights)
         case Fp8PerTensor():
             return Fp8PerTensorRunner(decision, weights)
+        case Fp8PerChannel():
+            return Fp8PerChannelRunner(decision, weights)
         case Fp8BlockScale() | MxFp8():
             return Fp8BlockRunner(decision, weights)
         case Nvfp4() | MxFp4():
