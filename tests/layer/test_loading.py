@@ -251,6 +251,27 @@ def _pack_quantized(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": torch.ones(256, 2).bfloat16()}, r"\(256, 2\); allowed: \(256, 8\)"),
+        ({"weight_scale": torch.ones(256, 8).half()}, "weight is torch.uint8 with"),
+        ({"weight_packed": torch.zeros(256, 64).int()}, r"\(256, 256\); allowed: \(256, 128\)"),
+        ({"weight_zero_point": torch.zeros(32, 8).int()}, "no expert tensor of the layout"),
+    ],
+    ids=["groups of 128", "float16 scales", "int8", "zero points"],
+)
+def test_other_integers_of_compressed_tensors(change: dict[str, Tensor], message: str) -> None:
+    """Symmetric int4 in groups of 32 is read; what else is packed so is refused, not misread."""
+    tensors = [
+        (name.replace("weight", kind), tensor)
+        for name, matrix in separate(random_experts(E, 256, 256))
+        for kind, tensor in (_pack_quantized(matrix) | change).items()
+    ]
+    with pytest.raises(CheckpointError, match=message):
+        _big(MxInt4()).load_weights(tensors)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_int4_of_compressed_tensors(ranks: int) -> None:
     """Kimi K2's published form, sharded or not: the stored numbers, and within the format's error."""
