@@ -11,7 +11,16 @@ import json
 import subprocess
 import sys
 
-FORMATS = ("bf16", "fp8_per_tensor", "fp8_block", "mxfp8", "nvfp4", "mxfp4")
+FORMATS = (
+    "bf16",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_block",
+    "mxfp8",
+    "nvfp4",
+    "mxfp4",
+    "mxint4",
+)
 
 
 def report(model: str, scale: str, quant: str) -> str:

@@ -26,10 +26,12 @@ from typed_moe import (
     DeepSeekV3,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     FusedMoE,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Refused,
     Renormalize,
@@ -52,6 +54,8 @@ FORMATS: tuple[Format, ...] = (
     MxFp8(),
     Nvfp4(),
     MxFp4(),
+    Fp8PerChannel(),
+    MxInt4(),
 )
 
 

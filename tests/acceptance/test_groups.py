@@ -26,7 +26,7 @@ from typed_moe.kernels import flashinfer_facts
 
 FLASHINFER = KernelRules(
     kernel="trtllm_bf16_moe",
-    methods=flashinfer_facts.methods((0, 7, 2))[0],
+    methods=flashinfer_facts.methods((0, 7, 2), "bf16")[0],
     weight_on_input=False,
     source=flashinfer_facts.NEWEST,
 )

@@ -15,10 +15,12 @@ from tests.cli.plain import layer_output, relative
 from typed_moe import (
     CheckpointLayout,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     FusedMoE,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
 )
 from typed_moe.cli import _run
@@ -186,6 +188,28 @@ def test_an_mxfp4_checkpoint(cli: Cli, tmp_path: Path, outputs: list[Tensor]) ->
     assert 0.03 < relative(outputs[0], _expected(folder)) < 0.4
 
 
+def test_an_int4_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    """Kimi K2's form, packed by compressed-tensors: exact in float32, and in int4 but for bf16."""
+    folder = model_folder(tmp_path, "kimi-k2")
+    stored: Tensors = {}
+    for name, tensor in folder.tensors.items():
+        if "_proj" not in name:
+            stored[name] = tensor
+            continue
+        q = quantize_weight(tensor, MxInt4())
+        assert q.scale is not None
+        offset = (q.data ^ 0x88).view(torch.int32)
+        stored |= {f"{name}_packed": offset, f"{name}_scale": q.scale}
+        stored[f"{name}_shape"] = torch.tensor(tensor.shape)
+    folder.write(stored)
+
+    exact = _run_folder(cli, folder, "--quant", "unquantized")
+    again = _run_folder(cli, folder, "--quant", "mxint4")
+
+    assert number(part(exact.json(), "accuracy"), "relative_error") < 2e-6
+    assert number(part(again.json(), "accuracy"), "relative_error") < 0.008
+
+
 def _static(folder: Folder, largest: float) -> Tensors:
     """The experts as ModelOpt stores them: FP8 with static activation scales for `largest`."""
     stored: Tensors = {}
@@ -215,10 +239,12 @@ def test_static_scales_of_a_checkpoint_are_kept(cli: Cli, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "fmt", [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4()], ids=str
+    "fmt",
+    [Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), MxFp4(), MxInt4(), Nvfp4()],
+    ids=str,
 )
 def test_stored_values_are_read_as_the_format_says(
-    fmt: Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | Nvfp4,
+    fmt: Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4,
 ) -> None:
     """The oracle's own reading of each format equals the package's, block edges included."""
     weight = torch.randn(160, 224) * torch.logspace(-2, 2, 224)

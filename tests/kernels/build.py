@@ -21,16 +21,26 @@ from typed_moe.kernels import (
     ExpertArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
+    MxInt4MoeArgs,
     Precomputed,
     Routing,
 )
 from typed_moe.routing import as_global_ids
 
 RecordName = Literal[
-    "bf16", "fp8_per_tensor", "fp8_block", "mxfp8", "nvfp4", "mxfp4_bf16", "mxfp4_mxfp8"
+    "bf16",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_block",
+    "mxfp8",
+    "nvfp4",
+    "mxfp4_bf16",
+    "mxfp4_mxfp8",
+    "mxint4",
 ]
 KINDS: dict[oracle.Kind, ActivationType] = {
     "swiglu": "Swiglu",
@@ -100,11 +110,13 @@ def record(name: RecordName, act: oracle.Act) -> Record:
     makers: dict[RecordName, Callable[[oracle.Act], Record]] = {
         "bf16": _bf16,
         "fp8_per_tensor": _per_tensor,
+        "fp8_per_channel": _per_channel,
         "fp8_block": _block,
         "mxfp8": _mxfp8,
         "nvfp4": _nvfp4,
         "mxfp4_bf16": lambda wanted: _mxfp4(wanted, mx_activation=False),
         "mxfp4_mxfp8": lambda wanted: _mxfp4(wanted, mx_activation=True),
+        "mxint4": _mxint4,
     }
     return makers[name](act)
 
@@ -173,6 +185,40 @@ def _per_tensor(act: oracle.Act) -> Record:
             second.double() * s2.double().view(-1, 1, 1),
             act,
         ),
+        x=x.double() * x_scale.double(),
+        act=act,
+        rounding=rounding,
+    )
+
+
+def _per_channel(act: oracle.Act) -> Record:
+    x, x_scale = _fp8(TOKENS, HIDDEN), _scales(TOKENS, 1)
+    first, second = _fp8(EXPERTS, rows_of(act), HIDDEN), _fp8(EXPERTS, HIDDEN, WIDTH)
+    s1, s2 = _scales(EXPERTS, rows_of(act)), _scales(EXPERTS, HIDDEN)
+    e1, e2 = torch.rand(EXPERTS) + 0.5, torch.rand(EXPERTS) + 0.5
+
+    def rounding(hidden: Tensor) -> Tensor:
+        scale = hidden.abs().amax(dim=1, keepdim=True) / 448
+        return grids.nearest(hidden / scale, grids.E4M3) * scale
+
+    def worth(data: Tensor, rows: Tensor, whole: Tensor) -> Tensor:
+        return data.double() * rows.double().unsqueeze(-1) * whole.double().view(-1, 1, 1)
+
+    return Record(
+        make=lambda routing: Fp8PerChannelMoeArgs(
+            routing=routing,
+            experts=expert_args(act),
+            hidden_states=x,
+            hidden_states_scale=x_scale,
+            gemm1_weights=first,
+            gemm1_per_channel_weight_scale=s1,
+            output1_scale_scalar=e1 if act.gated else torch.ones(EXPERTS),
+            output1_scale_gate_scalar=e1,
+            gemm2_weights=second,
+            gemm2_per_channel_weight_scale=s2,
+            output2_scale_scalar=e2,
+        ),
+        experts=_experts(worth(first, s1, e1), worth(second, s2, e2), act),
         x=x.double() * x_scale.double(),
         act=act,
         rounding=rounding,
@@ -258,7 +304,7 @@ def _mxfp8(act: oracle.Act) -> Record:
 
 
 def _packed(*shape: int) -> Tensor:
-    """Random packed FP4 bytes for values of this shape."""
+    """Random packed four-bit codes for values of this shape."""
     return torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
 
 
@@ -335,4 +381,28 @@ def _mxfp4(act: oracle.Act, *, mx_activation: bool) -> Record:
         x=worth_x if mx_activation else x_bf16.double(),
         act=act,
         rounding=round_mx if mx_activation else lambda hidden: hidden.bfloat16().double(),
+    )
+
+
+def _mxint4(act: oracle.Act) -> Record:
+    x = torch.randn(TOKENS, HIDDEN).bfloat16()
+    first, second = _packed(EXPERTS, rows_of(act), HIDDEN), _packed(EXPERTS, HIDDEN, WIDTH)
+    s1 = (torch.rand(EXPERTS, rows_of(act), HIDDEN // 32) / 32 + 0.01).bfloat16()
+    s2 = (torch.rand(EXPERTS, HIDDEN, WIDTH // 32) / 32 + 0.01).bfloat16()
+    return Record(
+        make=lambda routing: MxInt4MoeArgs(
+            routing=routing,
+            experts=expert_args(act),
+            hidden_states=x,
+            gemm1_weights=first,
+            gemm1_weights_scale=s1,
+            gemm2_weights=second,
+            gemm2_weights_scale=s2,
+        ),
+        experts=_experts(
+            grids.int4(first) * _spread(s1, 1, 32), grids.int4(second) * _spread(s2, 1, 32), act
+        ),
+        x=x.double(),
+        act=act,
+        rounding=lambda hidden: hidden.bfloat16().double(),
     )

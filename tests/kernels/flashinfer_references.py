@@ -10,6 +10,7 @@ What they cover (0.7.2.post1, read and run):
   kernel gives the logits (run on an H100, 2026-11-23).
 * Precomputed: the weights are followed by SwiGLUStep in every format, and per tensor always. The
   other references weigh every slot with 1 / top_k, whatever they are given.
+* int4: from logits alone, and Default whatever the method. It wants plain rows and scales.
 * FP4 with SwiGLU drops alpha, beta, the limit and the output scales.
 * FP8 per tensor reads packed ids alone, and with SwiGLU the gate's rows first, which is not the
   order that the other references and SwiGLUStep have.
@@ -96,6 +97,8 @@ def _unshuffle(weight: Tensor, *, gated: bool) -> Tensor:
 
 def _readable(entry_point: str, arguments: dict[str, object]) -> dict[str, object]:
     """The arguments with plain layouts, where the reference expects those."""
+    if "mxint4" in entry_point:
+        return _int4(arguments)
     step = arguments["activation_type"] == STEP
     if "per_tensor" in entry_point:
         return _per_tensor(arguments, step=step)
@@ -125,6 +128,18 @@ def _per_tensor(arguments: dict[str, object], *, step: bool) -> dict[str, object
         up, gate = _unshuffle(first, gated=True).chunk(2, dim=1)
         arguments["gemm1_weights"] = torch.cat((gate, up), dim=1)
         arguments["gemm2_weights"] = _unshuffle(second, gated=False)
+    return arguments
+
+
+def _int4(arguments: dict[str, object]) -> dict[str, object]:
+    """Values in blocks and tiled scales as rows again."""
+    for number, gated in ((1, True), (2, False)):
+        blocks = cast("Tensor", arguments[f"gemm{number}_weights"])
+        scale = cast("Tensor", arguments[f"gemm{number}_weights_scale"])
+        rows = _unshuffle(blocks.transpose(1, 2).flatten(2), gated=gated)
+        linear = _unswizzle_batched_sf_128x4(scale, *scale.shape)
+        arguments[f"gemm{number}_weights"] = rows.to(torch.uint8)
+        arguments[f"gemm{number}_weights_scale"] = _unshuffle(linear, gated=gated)
     return arguments
 
 

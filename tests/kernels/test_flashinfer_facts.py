@@ -15,6 +15,7 @@ from typed_moe import (
     Default,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     InKernel,
     KernelRules,
@@ -22,6 +23,7 @@ from typed_moe import (
     MiniMax2,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Refused,
     Renormalize,
@@ -38,7 +40,7 @@ from typed_moe.kernels import flashinfer_facts as facts
 
 RULES = KernelRules(
     kernel="trtllm_fp8_per_tensor_scale_moe",
-    methods=facts.methods((0, 7, 2))[0],
+    methods=facts.methods((0, 7, 2), "fp8_per_tensor_scale")[0],
     weight_on_input=True,
     source="this test",
 )
@@ -134,15 +136,17 @@ def test_biased_methods_require_a_bias() -> None:
         (Unquantized(), None, False),
         (Bf16(), "bf16", False),
         (Fp8PerTensor(), "fp8_per_tensor_scale", True),
+        (Fp8PerChannel(), "fp8_per_channel_scale", True),
         (Fp8BlockScale(), "fp8_block_scale", False),
         (MxFp8(), "fp8_block_scale", False),
         (Nvfp4(), "fp4_block_scale", False),
         (MxFp4(), "fp4_block_scale", False),
+        (MxInt4(), "mxint4_block_scale", False),
     ],
     ids=repr,
 )
 def test_entry_points_by_format(fmt: Format, family: str | None, flag: bool) -> None:
-    """Which entry points take a format; one of them can put the weight on the input."""
+    """Which entry points take a format; two of them can put the weight on the input."""
     assert facts.family_of(fmt) == family
     assert (facts.family_of(fmt) in facts.WEIGHT_ON_INPUT) == flag
 
@@ -158,6 +162,15 @@ def test_llama4_without_the_flag_is_refused() -> None:
     assert told.use_routing_scales_on_input
 
 
+def test_a_weight_on_the_input_asks_for_bfloat16_logits_per_channel() -> None:
+    """`Fp8PerChannelLauncher::check_routing`; no other entry point and no other method does."""
+    served = facts.methods((0, 7, 2), "fp8_per_channel_scale")[0]
+    assert served["Llama4"].logits_dtypes == (torch.bfloat16,)
+    others = {name: rules for name, rules in served.items() if name != "Llama4"}
+    per_tensor = facts.methods((0, 7, 2), "fp8_per_tensor_scale")[0]
+    assert others == {name: rules for name, rules in per_tensor.items() if name != "Llama4"}
+
+
 @pytest.mark.parametrize(
     "name", ["SqrtSoftplus", "BiasedSigmoid", "ScaledSoftmax", "GroupedSoftmax", "Unspecified"]
 )
@@ -171,5 +184,5 @@ def test_the_ten_methods_are_in_the_table() -> None:
     assert set(facts.METHODS) == {strategy.name for strategy, _ in REFUSED}
     assert all(
         set(rules.logits_dtypes) == {torch.float32, torch.bfloat16}
-        for rules in facts.methods((0, 7, 2))[0].values()
+        for rules in facts.methods((0, 7, 2), "fp8_per_tensor_scale")[0].values()
     )

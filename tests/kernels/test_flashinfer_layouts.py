@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from typed_moe import Bf16, Format, Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, Nvfp4, Swiglu
+from typed_moe import (
+    Bf16,
+    Format,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
+    Swiglu,
+)
 from typed_moe.config import Placement, Relu2
 from typed_moe.kernels import ExpertWeights, KernelRequest
 from typed_moe.kernels._flashinfer_layouts import prepare_weights, row_order
@@ -17,11 +28,11 @@ from typed_moe.routing import RoutingShape
 
 pytest.importorskip("flashinfer", reason="FlashInfer's helpers are the oracle here")
 
-from flashinfer.fused_moe import convert_to_block_layout, reorder_rows_for_gated_act_gemm
+from flashinfer.fused_moe import convert_to_block_layout, core, reorder_rows_for_gated_act_gemm
 from flashinfer.quantization.fp4_quantization import shuffle_matrix_a
 from flashinfer.trace.templates.gemm import _unswizzle_batched_sf_128x4
 
-EXPERTS, HIDDEN, WIDTH = 3, 256, 384
+EXPERTS, HIDDEN, WIDTH = 3, 256, 512
 
 
 def _up_first(stack: Tensor) -> Tensor:
@@ -82,7 +93,9 @@ def test_row_order(rows: int, *, gated: bool) -> None:
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    "quant", [Fp8PerTensor(), MxFp8(), Nvfp4(), MxFp4()], ids=lambda quant: quant.name
+    "quant",
+    [Fp8PerTensor(), Fp8PerChannel(), MxFp8(), Nvfp4(), MxFp4()],
+    ids=lambda quant: quant.name,
 )
 def test_shuffled_formats(quant: Format, *, gated: bool) -> None:
     """Values, scales and biases lie as their helpers put them."""
@@ -106,6 +119,10 @@ def test_shuffled_formats(quant: Format, *, gated: bool) -> None:
     ):
         assert scale is not None
         assert tiled is not None
+        if isinstance(quant, Fp8PerChannel):
+            rows = _theirs(scale.unsqueeze(2), gated=halves).squeeze(2)
+            assert torch.equal(tiled, rows)
+            continue
         linear = _unswizzle_batched_sf_128x4(_bytes(tiled), *scale.shape)
         assert torch.equal(linear, _theirs(_bytes(scale), gated=halves))
 
@@ -124,6 +141,40 @@ def test_bfloat16_in_blocks(*, gated: bool) -> None:
         assert torch.equal(after, torch.stack(blocks).view(torch.bfloat16))
 
 
+def test_int4_in_blocks_with_tiled_scales() -> None:
+    """The steps of FlashInfer's `prepare_trtllm_mxint4_weights`, with its helpers."""
+    stored = _weights(MxInt4(), gated=True)
+    prepared = prepare_weights(deepcopy(stored), _request(MxInt4(), gated=True))
+    for before, after, halves in (
+        (stored.w13_weight, prepared.w13_weight, True),
+        (stored.w2_weight, prepared.w2_weight, False),
+    ):
+        blocks = [convert_to_block_layout(one, 128) for one in _theirs(before, gated=halves)]
+        assert torch.equal(after, torch.stack(blocks))
+    for scale, tiled, halves in (
+        (stored.w13_scale, prepared.w13_scale, True),
+        (stored.w2_scale, prepared.w2_scale, False),
+    ):
+        assert scale is not None
+        assert tiled is not None
+        assert tiled.dtype is torch.bfloat16
+        linear = _unswizzle_batched_sf_128x4(tiled, *scale.shape)
+        assert torch.equal(linear, _theirs(scale, gated=halves))
+
+
+def test_int4_rows_as_their_own_preparation_orders_them() -> None:
+    """Its index helpers, for values and for scales, are the order of every shuffled format."""
+    values = torch.zeros(2 * WIDTH, HIDDEN // 2, dtype=torch.uint8)
+    scales = torch.zeros(2 * WIDTH, HIDDEN // 32, dtype=torch.bfloat16)
+    up_first = torch.arange(2 * WIDTH).roll(WIDTH)
+    for tensor, group in ((values, None), (scales, 32)):
+        first = core._maybe_get_cached_w3_w1_permute_indices({}, tensor, 128, group)
+        assert torch.equal(up_first[first], row_order(2 * WIDTH, gated=True))
+    for tensor, group in ((values, None), (scales, 16)):
+        second = core.get_w2_permute_indices_with_cache({}, tensor, 128, group)
+        assert torch.equal(second, row_order(2 * WIDTH, gated=False))
+
+
 def test_deepseek_fp8_is_up_first_and_not_shuffled() -> None:
     """Scale blocks move with their rows; nothing else changes."""
     stored = _weights(Fp8BlockScale(), gated=True)
@@ -138,7 +189,7 @@ def test_deepseek_fp8_is_up_first_and_not_shuffled() -> None:
 
 @pytest.mark.parametrize(
     "quant",
-    [Bf16(), Fp8PerTensor(), Fp8BlockScale(), MxFp8(), Nvfp4(), MxFp4()],
+    [Bf16(), Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), Nvfp4(), MxFp4(), MxInt4()],
     ids=lambda quant: quant.name,
 )
 def test_no_second_copy(quant: Format) -> None:

@@ -28,6 +28,7 @@ from typed_moe import (
     GroupedSoftmax,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Renormalize,
     RoutingForm,
@@ -59,6 +60,11 @@ class Covered:
     quant: Format
     activation: Activation = attrs.field(factory=Swiglu)
     unit_scales: bool = False
+
+    @property
+    def width(self) -> int:
+        """int4 comes in blocks of 256."""
+        return 256 if isinstance(self.quant, MxInt4) else WIDTH
 
     @property
     def id(self) -> str:
@@ -131,10 +137,10 @@ class Prepared:
 
 
 def prepared(
-    covered: Covered, case: Case, form: RoutingForm, sizes: tuple[int, int] = (HIDDEN, WIDTH)
+    covered: Covered, case: Case, form: RoutingForm, sizes: tuple[int, int] | None = None
 ) -> Prepared:
     """The layer of a case in a format, before its first call."""
-    hidden, width = sizes
+    hidden, width = (HIDDEN, covered.width) if sizes is None else sizes
     library = ReferenceLibrary()
     build = Build(
         routing=case.strategy,
@@ -217,6 +223,17 @@ def test_from_logits(covered: Covered, case: Case) -> None:
     assert arguments["routing_logits"] is made.logits
 
 
+def test_int4_from_logits() -> None:
+    """Values, scales and their layouts; the reference knows Default alone."""
+    (case,) = (c for c in SMALL if c.strategy.name == "Default")
+    made = prepared(Covered(MxInt4()), case, RoutingForm.IN_KERNEL)
+    got = made.layer(made.x, made.logits)
+
+    assert relative_error(got, made.expected(case.rule, case.top_k)) < ROUNDING
+    ((entry, _),) = made.library.calls
+    assert entry == "trtllm_mxint4_block_scale_moe"
+
+
 @pytest.mark.parametrize("case", [c for c in SMALL if not c.rule.on_input], ids=lambda one: one.id)
 @pytest.mark.parametrize("covered", WEIGHTED, ids=lambda one: one.id)
 def test_precomputed(covered: Covered, case: Case) -> None:
@@ -279,7 +296,7 @@ def test_widths_that_are_padded(sizes: tuple[int, int], covered: Covered) -> Non
     assert got.shape == (TOKENS, sizes[0])
     assert relative_error(got, expected) < ROUNDING + 2**-9
     ((_, arguments),) = made.library.calls
-    assert arguments["intermediate_size"] == 128
+    assert arguments["intermediate_size"] == covered.width
 
 
 @pytest.mark.parametrize("sizes", [(256, 128), (160, 96)], ids=str)

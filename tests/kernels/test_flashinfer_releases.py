@@ -27,10 +27,12 @@ from typed_moe import (
     FlashInferKernel,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     FusedMoE,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Placement,
     Refused,
@@ -52,11 +54,13 @@ from typed_moe.kernels.flashinfer_versions import parse_version
 FORMATS: tuple[Format, ...] = (
     Bf16(),
     Fp8PerTensor(),
+    Fp8PerChannel(),
     Fp8BlockScale(),
     MxFp8(),
     Nvfp4(),
     MxFp4(),
     MxFp4(activation="mxfp8"),
+    MxInt4(),
 )
 ACTIVATIONS: tuple[Activation, ...] = (
     Swiglu(),
@@ -69,12 +73,13 @@ NEWEST = VERSIONS[-1]
 
 def build(case: Case, quant: Format, library: RecordedLibrary) -> Build:
     """A layer of 32 experts on a recorded release."""
+    width = 256 if isinstance(quant, MxInt4) else 128
     return Build(
         routing=case.strategy,
         num_experts=32,
         top_k=min(case.top_k, 4),
-        hidden_size=128,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=width,
         quant=quant,
         kernel=FlashInferKernel(library),
         dtype=torch.bfloat16,
@@ -98,7 +103,7 @@ def run(made: Build, bias: Tensor | None) -> FusedMoE:
             parameter.data.view(torch.uint8).fill_(1)
     if bias is not None:
         layer.load_weights([("e_score_correction_bias", bias)])
-    layer(torch.randn(3, 128).bfloat16(), torch.randn(3, made.num_experts))
+    layer(torch.randn(3, made.hidden_size).bfloat16(), torch.randn(3, made.num_experts))
     return layer
 
 
@@ -119,9 +124,10 @@ def test_every_call_binds(version: str, quant: Format, form: RoutingForm) -> Non
         (call,) = library.calls
         called.add(case.strategy.name)
         _numbers_are_the_releases(version, *call)
-    if form is RoutingForm.PRECOMPUTED and release(version) >= (0, 6, 18):
+    complete = (0, 7, 0) if isinstance(quant, Fp8PerChannel) else (0, 6, 18)
+    if form is RoutingForm.PRECOMPUTED and release(version) >= complete:
         assert len(called) == 14
-    if form is RoutingForm.IN_KERNEL and release(version) >= (0, 6, 18):
+    if form is RoutingForm.IN_KERNEL and release(version) >= complete:
         assert called >= {"Default", "Renormalize", "RenormalizeNaive", "MiniMax2", "TopKSigmoid"}
 
 
@@ -231,6 +237,70 @@ def test_packed_weights_are_said_to_be_rounded(version: str) -> None:
         assert ((given >> 16) < 32).all()
 
 
+@pytest.mark.parametrize(
+    ("quant", "since"),
+    [(MxInt4(), (0, 6, 13)), (Fp8PerChannel(), (0, 7, 0))],
+    ids=["mxint4", "fp8_per_channel"],
+)
+def test_packed_words_in_every_release(quant: Format, since: tuple[int, int, int]) -> None:
+    """The routed entry point has no tuple form."""
+    for version in VERSIONS:
+        library = RecordedLibrary(version)
+        made = attrs.evolve(
+            build(find("TopK"), quant, library), routing_form=RoutingForm.PRECOMPUTED
+        )
+        if release(version) < since:
+            with pytest.raises(UnsupportedRouting, match=r"has no trtllm_\w+_routed_moe"):
+                made.empty()
+            continue
+        layer = run(made, None)
+        ((_, arguments),) = library.calls
+        assert isinstance(arguments["topk_ids"], Tensor)
+        assert any("packed" in reason for reason in layer.plan.degraded)
+
+
+def test_per_channel_scales_go_with_their_rows() -> None:
+    """(T, 1) and (L, rows) float32, and ones for the scales of whole experts."""
+    library = RecordedLibrary(NEWEST)
+    run(build(find("Renormalize"), Fp8PerChannel(), library), None)
+    ((_, arguments),) = library.calls
+    shapes = {
+        "hidden_states_scale": (3, 1),
+        "gemm1_per_channel_weight_scale": (32, 256),
+        "gemm2_per_channel_weight_scale": (32, 128),
+    }
+    for name, shape in shapes.items():
+        tensor = arguments[name]
+        assert isinstance(tensor, Tensor)
+        assert tensor.shape == shape
+        assert tensor.dtype is torch.float32
+        assert tensor.is_contiguous()
+    for name in ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar"):
+        tensor = arguments[name]
+        assert isinstance(tensor, Tensor)
+        assert tensor.tolist() == [1.0] * 32
+
+
+def test_llama4_per_channel_casts_the_logits_in_the_kernel_form() -> None:
+    """float32 logits go as bfloat16, which is what the launcher checks for."""
+    library = RecordedLibrary(NEWEST)
+    (case,) = (one for one in CASES if one.strategy.name == "Llama4")
+    run(build(sized(case, 32, 1), Fp8PerChannel(), library), None)
+    ((entry, arguments),) = library.calls
+    logits = arguments["routing_logits"]
+    assert entry == "trtllm_fp8_per_channel_scale_moe"
+    assert arguments["use_routing_scales_on_input"] is True
+    assert isinstance(logits, Tensor)
+    assert logits.dtype is torch.bfloat16
+
+
+def test_int4_reads_no_float32_bias_where_that_would_be_wrong() -> None:
+    """flashinfer#3898: bfloat16 biases alone before 0.6.18, where no biased method is routed."""
+    for name, method in facts.METHODS.items():
+        if method.rules.bias_dtypes:
+            assert method.since >= (0, 6, 18), name
+
+
 def test_packed_words_hold_ids_and_weights() -> None:
     """(id << 16) | bfloat16 bits, as FlashInfer's own decoder reads them."""
     templates = pytest.importorskip("flashinfer.trace.templates.moe")
@@ -286,6 +356,26 @@ def test_an_old_release() -> None:
             Fp8BlockScale(),
             lambda made: attrs.evolve(made, intermediate_size=192),
             "hidden_size is 128 and intermediate_size per tensor-parallel rank 192",
+        ),
+        (
+            Fp8PerChannel(),
+            lambda made: attrs.evolve(made, activation=Swiglu(limit=7.0)),
+            "has no gemm1_alpha, and the activation is",
+        ),
+        (
+            Fp8PerChannel(),
+            lambda made: attrs.evolve(made, has_bias=True),
+            "has no gemm1_bias, and the experts have biases",
+        ),
+        (
+            MxInt4(),
+            lambda made: attrs.evolve(made, activation=Swiglu(limit=7.0)),
+            "alpha, beta and the limit are left out by some of its tactics",
+        ),
+        (
+            MxInt4(),
+            lambda made: attrs.evolve(made, has_bias=True),
+            "has no gemm1_bias, and the experts have biases",
         ),
         (
             Fp8BlockScale(),
@@ -374,8 +464,8 @@ def test_kernels_are_given_contiguous_tensors_of_their_dtypes(quant: Format) -> 
         made = attrs.evolve(build(find("Renormalize"), quant, library), routing=strategy)
         layer = run(made, None)
         library.calls.clear()
-        wide, tall = torch.randn(3, 200).bfloat16(), torch.randn(32, 3)
-        layer(wide[:, 8:136], tall.T)
+        wide, tall = torch.randn(3, 400).bfloat16(), torch.randn(32, 3)
+        layer(wide[:, 8 : 8 + made.hidden_size], tall.T)
         ((_, arguments),) = library.calls
         for name, value in arguments.items():
             for tensor in value if isinstance(value, tuple) else (value,):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.layer.build import Build, random_experts, relative_error, separate
+from tests.quantization import grids
 from typed_moe import (
     CheckpointError,
     CheckpointLayout,
@@ -18,7 +19,16 @@ from typed_moe import (
     RenormalizeNaive,
     Swiglu,
 )
-from typed_moe.config import FORMATS, Format, FormatName, Fp8BlockScale, Fp8PerTensor, MxFp4
+from typed_moe.config import (
+    FORMATS,
+    Format,
+    FormatName,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxInt4,
+)
 from typed_moe.quantization import quantize_weight, relative_error_bound
 
 RULE = oracle.RULES["RenormalizeNaive"]
@@ -122,8 +132,10 @@ def _stored(experts: oracle.Experts, fmt: Format, suffix: str) -> list[tuple[str
     [
         ("fp8_block", ".weight_scale_inv"),
         ("fp8_per_tensor", ".weight_scale"),
+        ("fp8_per_channel", ".weight_scale"),
         ("mxfp8", ".weight_scale"),
         ("mxfp4", ".weight_scale"),
+        ("mxint4", ".weight_scale"),
         ("nvfp4", ".weight_scale"),
     ],
 )
@@ -166,6 +178,31 @@ def _bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_channel_scales_of_compressed_tensors(ranks: int, dtype: torch.dtype) -> None:
+    """`weight_scale` (N, 1), float32 or bfloat16: values as stored, scales with their rows."""
+    tensors = {
+        name: tensor[:, None].to(dtype) if name.endswith("_scale") else tensor
+        for name, tensor in _stored(random_experts(E, 256, 256), Fp8PerChannel(), ".weight_scale")
+    }
+    width = 256 // ranks
+    for rank in range(ranks):
+        layer = _big(Fp8PerChannel(), Placement(tp_size=ranks, tp_rank=rank))
+        layer.load_weights(tensors.items())
+        mine = slice(rank * width, (rank + 1) * width)
+        for e in range(E):
+            first, second = (layer.get_parameter(n).data[e] for n in ("w13_weight", "w2_weight"))
+            assert _bits(first[:width], tensors[f"{e}.gate_proj.weight"][mine])
+            assert _bits(first[width:], tensors[f"{e}.up_proj.weight"][mine])
+            assert _bits(second, tensors[f"{e}.down_proj.weight"][:, mine])
+            rows = layer.get_parameter("w13_weight_scale").data[e]
+            halves = [tensors[f"{e}.{p}_proj.weight_scale"][mine, 0] for p in ("gate", "up")]
+            assert torch.equal(rows, torch.cat(halves).float())
+            down = tensors[f"{e}.down_proj.weight_scale"][:, 0].float()
+            assert torch.equal(layer.get_parameter("w2_weight_scale").data[e], down)
+
+
 def test_gpt_oss_mxfp4_blocks() -> None:
     """gpt-oss's published form: interleaved rows, 16-byte blocks, biases; values as stored."""
     experts = random_experts(E, 64, 32, biases=True)
@@ -199,6 +236,61 @@ def test_gpt_oss_mxfp4_blocks() -> None:
 
     assert torch.equal(layer.get_parameter("w13_weight").data[:, :32], first.data[:, ::2])
     _check(layer, experts, oracle.Act(), relative_error_bound(MxFp4(), Swiglu()))
+
+
+def _pack_quantized(matrix: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' int4: value + 8, eight to an int32, the first in its lowest bits."""
+    stored = quantize_weight(matrix, MxInt4())
+    assert stored.scale is not None
+    codes = (grids.int4(stored.data) + 8).long().reshape(matrix.shape[0], -1, 8)
+    words = (codes << torch.arange(0, 32, 4)).sum(dim=2)
+    return {
+        "weight_packed": torch.where(words >= 2**31, words - 2**32, words).int(),
+        "weight_scale": stored.scale,
+        "weight_shape": torch.tensor(matrix.shape),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_scale": torch.ones(256, 2).bfloat16()}, r"\(256, 2\); allowed: \(256, 8\)"),
+        ({"weight_scale": torch.ones(256, 8).half()}, "weight is torch.uint8 with"),
+        ({"weight_packed": torch.zeros(256, 64).int()}, r"\(256, 256\); allowed: \(256, 128\)"),
+        ({"weight_zero_point": torch.zeros(32, 8).int()}, "no expert tensor of the layout"),
+    ],
+    ids=["groups of 128", "float16 scales", "int8", "zero points"],
+)
+def test_other_integers_of_compressed_tensors(change: dict[str, Tensor], message: str) -> None:
+    """Symmetric int4 in groups of 32 is read; what else is packed so is refused, not misread."""
+    tensors = [
+        (name.replace("weight", kind), tensor)
+        for name, matrix in separate(random_experts(E, 256, 256))
+        for kind, tensor in (_pack_quantized(matrix) | change).items()
+    ]
+    with pytest.raises(CheckpointError, match=message):
+        _big(MxInt4()).load_weights(tensors)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int4_of_compressed_tensors(ranks: int) -> None:
+    """Kimi K2's published form, sharded or not: the stored numbers, and within the format's error."""
+    experts = random_experts(E, 256, 256)
+    tensors = [
+        (name.replace("weight", kind), tensor)
+        for name, matrix in separate(experts)
+        for kind, tensor in _pack_quantized(matrix).items()
+    ]
+    width = 256 // ranks
+    for rank in range(ranks):
+        layer = _big(MxInt4(), Placement(tp_size=ranks, tp_rank=rank))
+        layer.load_weights(tensors)
+        mine = quantize_weight(experts.down[:, :, rank * width : (rank + 1) * width], MxInt4())
+        assert mine.scale is not None
+        assert torch.equal(layer.get_parameter("w2_weight").data, mine.data)
+        assert torch.equal(layer.get_parameter("w2_weight_scale").data, mine.scale)
+        if ranks == 1:
+            _check(layer, experts, oracle.Act(), relative_error_bound(MxInt4(), Swiglu()))
 
 
 def test_state_dict_round_trip() -> None:

@@ -17,12 +17,14 @@ from typed_moe import (
     DeepSeekV3,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     FusedMoE,
     Llama4,
     MoeKernel,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     ReferenceKernel,
     RenormalizeNaive,
@@ -31,7 +33,17 @@ from typed_moe import (
 )
 from typed_moe.kernels import FlashInferKernel
 
-FORMATS = (Unquantized(), Bf16(), Fp8PerTensor(), Fp8BlockScale(), MxFp8(), Nvfp4(), MxFp4())
+FORMATS = (
+    Unquantized(),
+    Bf16(),
+    Fp8PerTensor(),
+    Fp8PerChannel(),
+    Fp8BlockScale(),
+    MxFp8(),
+    Nvfp4(),
+    MxFp4(),
+    MxInt4(),
+)
 
 
 @pytest.fixture(autouse=True)

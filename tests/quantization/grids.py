@@ -26,6 +26,8 @@ def magnitudes(exponent_bits: int, mantissa_bits: int, largest: float) -> Tensor
 
 E2M1 = magnitudes(2, 1, 6.0)
 E4M3 = magnitudes(4, 3, 448.0)
+INT4 = torch.arange(9, dtype=torch.float64)
+"""8 with a minus sign only."""
 
 
 def nearest_code(values: Tensor, grid: Tensor) -> Tensor:
@@ -70,11 +72,17 @@ def e8m0(scale: Tensor) -> Tensor:
 
 
 def codes(packed: Tensor) -> Tensor:
-    """FP4 codes of packed bytes, one by one, low nibble first; int64."""
+    """Four-bit codes of packed bytes, one by one, low nibble first; int64."""
     flat = torch.empty(*packed.shape[:-1], packed.shape[-1] * 2, dtype=torch.int64)
     flat[..., 0::2] = packed.long() % 16
     flat[..., 1::2] = packed.long() // 16
     return flat
+
+
+def int4(packed: Tensor) -> Tensor:
+    """Values of packed int4 bytes, float64: the upper half of the codes is negative."""
+    code = codes(packed)
+    return torch.where(code >= 8, code - 16, code).double()
 
 
 def e2m1(packed: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -42,9 +44,11 @@ def _scale(x: Tensor, fmt: Format) -> Tensor | None:
         (Unquantized(), 160, torch.float32, None),
         (Bf16(), 160, torch.bfloat16, None),
         (Fp8PerTensor(), 160, torch.float8_e4m3fn, ()),
+        (Fp8PerChannel(), 160, torch.float8_e4m3fn, (5, 1)),
         (Fp8BlockScale(), 160, torch.float8_e4m3fn, (5, 2)),
         (MxFp8(), 160, torch.float8_e4m3fn, (5, 5)),
         (MxFp4(), 160, torch.bfloat16, None),
+        (MxInt4(), 160, torch.bfloat16, None),
         (MxFp4(activation="mxfp8"), 160, torch.float8_e4m3fn, (5, 5)),
         (Nvfp4(), 80, torch.uint8, (5, 10)),
     ],
@@ -85,6 +89,7 @@ def test_compiles_without_a_graph_break(fmt: Format) -> None:
     def round_trip(x: Tensor) -> Tensor:
         return dequantize_activation(quantize_activation(x, fmt, input_scale=scale), fmt)
 
+    torch.compiler.reset()  # there are more formats than recompilations allowed
     compiled = torch.compile(round_trip, backend="eager", fullgraph=True)
 
     assert torch.equal(compiled(x), round_trip(x))
@@ -125,6 +130,19 @@ def test_non_finite_values_spoil_their_group_only(fmt: Format, value: float) -> 
 
     assert bool(back[0, 3].isnan())
     assert bool(back[0, 128:].isfinite().all())
+    assert bool(back[1].isfinite().all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_values_spoil_their_token_only(value: float) -> None:
+    """Where a token has one scale, the whole of it shows."""
+    x = torch.randn(2, 256)
+    x[0, 3] = value
+
+    back = dequantize_activation(quantize_activation(x, Fp8PerChannel()), Fp8PerChannel())
+
+    assert bool(back[0, 3].isnan())
+    assert not bool(back[0].isfinite().any())
     assert bool(back[1].isfinite().all())
 
 
@@ -191,9 +209,10 @@ def test_ragged_groups_are_refused(fmt: Format) -> None:
         quantize_activation(torch.randn(2, 40), fmt, input_scale=torch.tensor(1.0))
 
 
-def test_bf16_activation_of_mxfp4_has_no_groups() -> None:
-    """`MxFp4()` multiplies with bfloat16, which needs no groups of 32 along K."""
-    assert quantize_activation(torch.randn(2, 40), MxFp4()).data.shape == (2, 40)
+@pytest.mark.parametrize("fmt", [MxFp4(), MxInt4()], ids=str)
+def test_bf16_activations_have_no_groups(fmt: Format) -> None:
+    """They are multiplied as bfloat16, which needs no groups of 32 along K."""
+    assert quantize_activation(torch.randn(2, 40), fmt).data.shape == (2, 40)
 
 
 @every_format
@@ -205,7 +224,9 @@ def test_no_token_rows_are_refused(fmt: Format) -> None:
         quantize_activation(torch.zeros(2, 32, dtype=torch.int64), fmt)
 
 
-@pytest.mark.parametrize("fmt", [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), Nvfp4()], ids=str)
+@pytest.mark.parametrize(
+    "fmt", [Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale(), MxFp8(), Nvfp4()], ids=str
+)
 def test_dequantize_refuses_what_does_not_fit(fmt: Format) -> None:
     """Missing or misshapen scales are errors, not broadcasts."""
     x = torch.randn(4, 256)

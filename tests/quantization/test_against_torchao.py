@@ -1,6 +1,6 @@
 """Agreement with torchao 0.18, an implementation that shares nothing with ours.
 
-Bit for bit where the conventions are the same. They differ in five places, each left out by
+Bit for bit where the conventions are the same. They differ in six places, each left out by
 name below and covered against float64 in `test_round_trip.py` and `test_weights.py`:
 
 * A block of zeros under float32 scales: torchao's scale is 0 and its data 0/0 = NaN; ours is 1.
@@ -12,6 +12,8 @@ name below and covered against float64 in `test_round_trip.py` and `test_weights
   2^-126.
 * NVFP4 data: torchao multiplies by two reciprocals (three roundings), we divide once. They may
   differ where the exact quotient is a few float32 roundings from a tie, and only there.
+* int4: torchao multiplies by the scale's reciprocal, with the same consequence, and gives a group
+  of zeros the smallest scale that it is told to.
 """
 
 from __future__ import annotations
@@ -27,7 +29,16 @@ import torch
 from torch import Tensor
 
 from tests.quantization import grids
-from typed_moe.config import Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, Nvfp4
+from typed_moe.config import (
+    Format,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
+)
 from typed_moe.quantization import quantize_activation, quantize_weight
 
 ROWS, COLUMNS = 256, 256
@@ -71,22 +82,28 @@ INPUTS = _inputs()
 every_input = pytest.mark.parametrize("name", list(INPUTS))
 
 
+BLOCKS: dict[tuple[int, int], Format] = {
+    (128, 128): Fp8BlockScale(),
+    (1, COLUMNS): Fp8PerChannel(),
+    (ROWS, COLUMNS): Fp8PerTensor(),
+}
+
+
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 @every_input
-@pytest.mark.parametrize("block", [(128, 128), (1, 128), (ROWS, COLUMNS)], ids=str)
+@pytest.mark.parametrize("block", [(128, 128), (1, 128), (1, COLUMNS), (ROWS, COLUMNS)], ids=str)
 def test_fp8_with_float32_scales(name: str, block: tuple[int, int]) -> None:
-    """Scales and data of 128x128, 1x128 and whole-tensor blocks, where torchao's is not 0."""
+    """Scales and data of 128x128, 1x128, whole rows and tensors, where torchao's is not 0."""
     values = INPUTS[name].float()
     scale = primitives._choose_scale_float8(values, list(block))
     data = primitives._quantize_affine_float8(values, scale)
     if block == (1, 128):
         ours = quantize_activation(INPUTS[name], Fp8BlockScale())
     else:
-        fmt = Fp8BlockScale() if block == (128, 128) else Fp8PerTensor()
-        ours = quantize_weight(INPUTS[name], fmt)
+        ours = quantize_weight(INPUTS[name], BLOCKS[block])
     assert ours.scale is not None
 
     normal = scale >= torch.finfo(torch.float32).tiny
@@ -126,6 +143,36 @@ def test_mxfp4(name: str) -> None:
     assert torch.equal(ours.scale, scale.view(torch.uint8))
     assert torch.equal(ours.data[there], data[there])
     assert bool(there.all()) or name in {"zeros", "subnormal"}
+
+
+@every_input
+def test_mxint4(name: str) -> None:
+    """Scales and data of 1x32 groups, by torchao's symmetric rule that clips nothing."""
+    values, block = INPUTS[name].float(), (1, 32)
+    scale, zero_point = primitives.choose_qparams_affine(
+        values,
+        primitives.MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+        block,
+        torch.int8,
+        quant_min=-8,
+        quant_max=7,
+        eps=2.0**-126,
+        scale_dtype=torch.bfloat16,
+        zero_point_dtype=torch.int8,
+    )
+    data = primitives.quantize_affine(
+        values, block, scale.float(), zero_point, torch.int8, quant_min=-8, quant_max=7
+    )
+    there = (values.reshape(ROWS, -1, 32) != 0).any(dim=-1)
+
+    ours = quantize_weight(INPUTS[name], MxInt4())
+    assert ours.scale is not None
+    tie = grids.near_tie(values.double() / scale.double().repeat_interleave(32, 1), grids.INT4)
+    difference = (grids.int4(ours.data) - data.double()).abs()
+
+    assert torch.equal(ours.scale[there], scale[there])
+    assert not bool(difference[~tie].any())
+    assert int(difference.max()) <= 1
 
 
 @pytest.mark.parametrize("name", sorted(set(INPUTS) - {"subnormal"}))

@@ -20,9 +20,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
 )
 from typed_moe.quantization import (
@@ -34,7 +36,15 @@ from typed_moe.quantization import (
     quantize_weight,
 )
 
-SCALED: list[Format] = [Fp8PerTensor(), Fp8BlockScale(), MxFp8(), MxFp4(), Nvfp4()]
+SCALED: list[Format] = [
+    Fp8PerTensor(),
+    Fp8PerChannel(),
+    Fp8BlockScale(),
+    MxFp8(),
+    MxFp4(),
+    Nvfp4(),
+    MxInt4(),
+]
 every_scaled = pytest.mark.parametrize("fmt", SCALED, ids=lambda fmt: str(fmt.name))
 
 
@@ -57,11 +67,15 @@ def _multiplier(q: Quantized, fmt: Format, shape: torch.Size) -> Tensor:
     match fmt:
         case Fp8PerTensor():
             return q.scale.double()[..., None, None].expand(shape)
+        case Fp8PerChannel():
+            return q.scale.double()[..., None].expand(shape)
         case Fp8BlockScale():
             expanded = q.scale.double().repeat_interleave(128, -1).repeat_interleave(128, -2)
             return expanded[..., : shape[-2], : shape[-1]]
         case MxFp8() | MxFp4():
             return grids.e8m0(q.scale).repeat_interleave(32, -1)
+        case MxInt4():
+            return q.scale.double().repeat_interleave(32, -1)
         case _:
             assert q.global_scale is not None
             scale = q.scale.double() * q.global_scale.double()[..., None, None]
@@ -69,7 +83,16 @@ def _multiplier(q: Quantized, fmt: Format, shape: torch.Size) -> Tensor:
 
 
 def _grid(fmt: Format) -> Tensor:
+    if isinstance(fmt, MxInt4):
+        return grids.INT4
     return grids.E2M1 if isinstance(fmt, (MxFp4, Nvfp4)) else grids.E4M3
+
+
+def _stored(q: Quantized, fmt: Format) -> Tensor:
+    """The stored values without their scales, float64."""
+    if isinstance(fmt, MxInt4):
+        return grids.int4(q.data)
+    return grids.e2m1(q.data) if q.data.dtype == torch.uint8 else q.data.double()
 
 
 @every_scaled
@@ -102,8 +125,7 @@ def test_nearest_value(fmt: Format, weight: Tensor) -> None:
     grid = _grid(fmt)
     scaled = weight.double() / _multiplier(q, fmt, weight.shape)
 
-    stored = grids.e2m1(q.data) if q.data.dtype == torch.uint8 else q.data.double()
-    wrong = stored != grids.nearest(scaled, grid)
+    wrong = _stored(q, fmt) != grids.nearest(scaled, grid)
 
     assert not bool((wrong & ~grids.near_tie(scaled, grid)).any())
 
@@ -111,15 +133,19 @@ def test_nearest_value(fmt: Format, weight: Tensor) -> None:
 @hypothesis.given(weight=matrices())
 @hypothesis.settings(max_examples=8)
 def test_float32_scales_are_amax_over_448(weight: Tensor) -> None:
-    """Per expert matrix and per 128x128 block, edges included; 1 where there are only zeros."""
-    tensor, block = (
-        quantize_weight(weight, fmt).scale for fmt in (Fp8PerTensor(), Fp8BlockScale())
+    """Per matrix, row and 128x128 block, edges included; 1 where there are only zeros."""
+    tensor, rows, block = (
+        quantize_weight(weight, fmt).scale
+        for fmt in (Fp8PerTensor(), Fp8PerChannel(), Fp8BlockScale())
     )
     assert tensor is not None
+    assert rows is not None
     assert block is not None
     for expert in range(2):
         amax = float(weight[expert].abs().max())
         assert tensor[expert].item() == _float32(amax / 448 if amax else 1.0)
+        of_rows = weight[expert].abs().amax(dim=1).tolist()
+        assert rows[expert].tolist() == [_float32(a / 448 if a else 1.0) for a in of_rows]
         for row in range(block.shape[1]):
             for column in range(block.shape[2]):
                 part = weight[
@@ -148,6 +174,20 @@ def test_mx_scales_follow_the_floor_rule(
 
 @hypothesis.given(weight=matrices())
 @hypothesis.settings(max_examples=8)
+def test_int4_scales_reach_7_or_minus_8(weight: Tensor) -> None:
+    """max / 7 or -min / 8, rounded to bfloat16, for each group of 32; 1 for zeros."""
+    q = quantize_weight(weight, MxInt4())
+    assert q.scale is not None
+    groups = weight.reshape(-1, 32)
+    wanted = torch.maximum(groups.amax(dim=1) / 7, groups.amin(dim=1) / -8)
+
+    expected = torch.where(wanted == 0, 1.0, wanted.clamp(min=2.0**-126)).bfloat16()
+
+    assert torch.equal(q.scale.flatten(), expected)
+
+
+@hypothesis.given(weight=matrices())
+@hypothesis.settings(max_examples=8)
 def test_nvfp4_scales_have_two_levels(weight: Tensor) -> None:
     """amax / 2688 for each expert; amax / 6 over that, in E4M3 and never 0, for each group."""
     q = quantize_weight(weight, Nvfp4())
@@ -164,7 +204,9 @@ def test_nvfp4_scales_have_two_levels(weight: Tensor) -> None:
     assert not bool((wrong & ~grids.near_tie(wanted, grids.E4M3)).any())
 
 
-@pytest.mark.parametrize("fmt", [Fp8BlockScale(), MxFp8(), MxFp4(activation="mxfp8"), Nvfp4()])
+@pytest.mark.parametrize(
+    "fmt", [Fp8PerChannel(), Fp8BlockScale(), MxFp8(), MxFp4(activation="mxfp8"), Nvfp4()]
+)
 @hypothesis.given(weight=matrices())
 @hypothesis.settings(max_examples=8)
 def test_activations_are_rows_of_weights(fmt: Format, weight: Tensor) -> None:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from tests.quantization import grids
 from typed_moe.config import (
     FORMATS,
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -25,10 +28,12 @@ from typed_moe.quantization import Quantized, dequantize_weight, quantize_weight
 every_format = pytest.mark.parametrize("fmt", list(FORMATS.values()), ids=lambda fmt: str(fmt.name))
 SCALES: list[tuple[Format, torch.dtype, torch.dtype, tuple[int, ...]]] = [
     (Fp8PerTensor(), torch.float8_e4m3fn, torch.float32, (3,)),
+    (Fp8PerChannel(), torch.float8_e4m3fn, torch.float32, (3, 200)),
     (Fp8BlockScale(), torch.float8_e4m3fn, torch.float32, (3, 2, 3)),
     (MxFp8(), torch.float8_e4m3fn, torch.uint8, (3, 200, 9)),
     (MxFp4(), torch.uint8, torch.uint8, (3, 200, 9)),
     (Nvfp4(), torch.uint8, torch.float8_e4m3fn, (3, 200, 18)),
+    (MxInt4(), torch.uint8, torch.bfloat16, (3, 200, 9)),
 ]
 
 
@@ -112,7 +117,7 @@ def test_extremes_stay_finite(fmt: Format, size: float) -> None:
     back = dequantize_weight(quantize_weight(weight, fmt), fmt)
 
     assert bool(back.isfinite().all())
-    half_step = 2.0**-2 if isinstance(fmt, (MxFp4, Nvfp4)) else 2.0**-4
+    half_step = 2.0**-2 if isinstance(fmt, (MxFp4, MxInt4, Nvfp4)) else 2.0**-4
     assert bool((back.abs() <= weight.abs() * (1 + half_step) + 2.0**-136).all())
     assert back[0, 0, 0] <= 0
 
@@ -123,6 +128,28 @@ def test_mx_saturates_above_the_largest_value() -> None:
 
     assert dequantize_weight(quantize_weight(fp4, MxFp4()), MxFp4())[0, 0] == 6.0
     assert dequantize_weight(quantize_weight(fp8, MxFp8()), MxFp8())[0, 0] == -448.0
+
+
+def test_int4_uses_both_ends() -> None:
+    """The scale is the larger of max / 7 and -min / 8, in bfloat16, for each group of 32."""
+    weight = torch.linspace(-1.0, 1.0, 96)[None]
+    weight[0, 32:64] = torch.linspace(-16.0, 3.5, 32)
+    weight[0, 64:] = torch.linspace(-8.0, 14.0, 32)
+    q = quantize_weight(weight, MxInt4())
+    assert q.scale is not None
+    values = grids.int4(q.data)
+
+    assert q.scale[0].tolist() == [torch.tensor(1 / 8).bfloat16().item(), 2.0, 2.0]
+    assert (values[0, 32].item(), values[0, 63].item()) == (-8.0, 2.0)  # 1.75 is nearer to 2
+    assert (values[0, 64].item(), values[0, 95].item()) == (-4.0, 7.0)
+
+
+def test_int4_is_rounded_under_the_scale_as_stored() -> None:
+    """amax / 7 = 1.0067 is stored as 1.0078: 5.541 is 5.498 of those, and 5.504 of the former."""
+    weight = torch.zeros(1, 32)
+    weight[0, 0], weight[0, 1] = 7 * 1.0067, 5.541
+
+    assert grids.int4(quantize_weight(weight, MxInt4()).data)[0, :2].tolist() == [7.0, 5.0]
 
 
 def test_nvfp4_group_far_below_the_matrix() -> None:
@@ -155,7 +182,9 @@ def test_non_finite_weights_are_refused(fmt: Format, value: float) -> None:
         quantize_weight(weight, fmt)
 
 
-@pytest.mark.parametrize(("fmt", "group"), [(MxFp8(), 32), (MxFp4(), 32), (Nvfp4(), 16)])
+@pytest.mark.parametrize(
+    ("fmt", "group"), [(MxFp8(), 32), (MxFp4(), 32), (Nvfp4(), 16), (MxInt4(), 32)]
+)
 def test_ragged_groups_are_refused(fmt: Format, group: int) -> None:
     """K not in whole groups is an error with K, the group, and what to pad to."""
     with pytest.raises(ValueError, match=rf"K = 40; .* multiple of {group}\. Pad K to (48|64)"):

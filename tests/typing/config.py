@@ -8,9 +8,11 @@ from typed_moe import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Placement,
     Unquantized,
@@ -26,10 +28,12 @@ any_format: list[Format] = [
     Unquantized(),
     Bf16(),
     Fp8PerTensor(),
+    Fp8PerChannel(),
     Fp8BlockScale(),
     MxFp8(),
     Nvfp4(),
     MxFp4(activation="bf16"),
+    MxInt4(),
 ]
 
 
@@ -40,9 +44,9 @@ def bits(fmt: Format) -> int:
             return 32
         case Bf16():
             return 16
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
+        case Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale() | MxFp8():
             return 8
-        case Nvfp4() | MxFp4():
+        case Nvfp4() | MxFp4() | MxInt4():
             return 4
         case _:
             assert_never(fmt)
@@ -66,9 +70,9 @@ def incomplete(fmt: Format) -> int:
     match fmt:
         case Unquantized() | Bf16():
             return 16
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8():
+        case Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale() | MxFp8():
             return 8
-        case MxFp4():
+        case MxFp4() | MxInt4():
             return 4
         case _:
             assert_never(fmt)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -178,6 +178,9 @@ class StoredWeights:
             tensor = self.checkpoint.tensor(full)
             return tensor if expert is None else tensor[expert]
 
+        packed = part("weight_packed") if name.endswith(".weight") else None
+        if packed is not None:
+            return _packed_int4_values(packed, part("weight_scale"))
         whole = self.checkpoint.tensor(name)
         stored = whole if expert is None else whole[expert]
         if not name.endswith(".weight"):
@@ -231,12 +234,16 @@ def _plain(stored: Tensor, scale: Tensor | None, global_scale: Tensor | None) ->
     if stored.dtype is torch.uint8:
         if scale.dtype is torch.uint8:
             return _mxfp4_values(stored, scale)
+        if scale.dtype is torch.bfloat16:
+            return _int4_values(stored) * _spread(scale, 1, 32)
         values = _e2m1_values(stored) * _spread(scale, 1, 16)
         return values if global_scale is None else values * global_scale.double()
     if scale.dtype is torch.uint8:
         return stored.double() * _spread(_e8m0_values(scale), 1, 32)
     if scale.numel() == 1:
         return stored.double() * scale.double()
+    if tuple(scale.shape) in ((stored.shape[0],), (stored.shape[0], 1)):
+        return stored.double() * scale.double().reshape(-1, 1)
     # Blocks of 128 x 128, the last of which may be cut short.
     return stored.double() * _spread(scale, 128, 128)[: stored.shape[0], : stored.shape[1]]
 
@@ -250,10 +257,24 @@ def _e8m0_values(exponents: Tensor) -> Tensor:
 
 
 def _e2m1_values(packed: Tensor) -> Tensor:
-    """(rows, K / 2) bytes, the low nibble first, as (rows, K) float64."""
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float64)
+    return _looked_up(packed, (*_E2M1, *(-value for value in _E2M1)))
+
+
+def _int4_values(packed: Tensor) -> Tensor:
+    return _looked_up(packed, (*range(8), *range(-8, 0)))
+
+
+def _packed_int4_values(packed: Tensor, scale: Tensor | None) -> Tensor:
+    """compressed-tensors' int4: eight values + 8 in an int32, the first in its lowest bits."""
+    assert scale is not None, "a layer that loads has its scales"
+    nibbles = [(packed >> (4 * place) & 0xF) - 8 for place in range(8)]
+    return torch.stack(nibbles, dim=2).flatten(1).double() * _spread(scale, 1, 32)
+
+
+def _looked_up(packed: Tensor, table: tuple[float, ...]) -> Tensor:
+    """(rows, K / 2) bytes, the low nibble first, as (rows, K) float64: each code's value."""
     codes = torch.stack((packed & 0xF, packed >> 4), dim=2).flatten(1)
-    return table[codes.long()]
+    return torch.tensor(table, dtype=torch.float64)[codes.long()]
 
 
 def _mxfp4_values(packed: Tensor, exponents: Tensor) -> Tensor:

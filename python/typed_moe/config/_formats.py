@@ -42,6 +42,18 @@ class Fp8PerTensor:
 
 @final
 @attrs.frozen(kw_only=True)
+class Fp8PerChannel:
+    """float8_e4m3fn with float32 scales: weights per output row, activations per token.
+
+    Activations are quantised at run time. Source: compressed-tensors FP8 checkpoints with channel
+    scales (`FP8_DYNAMIC`), FlashInfer `trtllm_fp8_per_channel_scale_moe`.
+    """
+
+    name: ClassVar[Literal["fp8_per_channel"]] = "fp8_per_channel"
+
+
+@final
+@attrs.frozen(kw_only=True)
 class Fp8BlockScale:
     """float8_e4m3fn with float32 scales: weights per 128x128 block, activations per 1x128.
 
@@ -93,11 +105,42 @@ class MxFp4:
     )
 
 
-Format = Unquantized | Bf16 | Fp8PerTensor | Fp8BlockScale | MxFp8 | Nvfp4 | MxFp4
+@final
+@attrs.frozen(kw_only=True)
+class MxInt4:
+    """int4 weights (-8 to 7) with one bfloat16 scale per 32 values along K; bfloat16 activations.
+
+    The scale is any bfloat16, not a power of two. Source: FlashInfer
+    `trtllm_mxint4_block_scale_moe`. Kimi K2's int4 checkpoints hold the same numbers, packed
+    otherwise.
+    """
+
+    name: ClassVar[Literal["mxint4"]] = "mxint4"
+
+
+Format = (
+    Unquantized
+    | Bf16
+    | Fp8PerTensor
+    | Fp8PerChannel
+    | Fp8BlockScale
+    | MxFp8
+    | Nvfp4
+    | MxFp4
+    | MxInt4
+)
 """Any quantisation format a layer can hold."""
 
 FormatName = Literal[
-    "unquantized", "bf16", "fp8_per_tensor", "fp8_block", "mxfp8", "nvfp4", "mxfp4"
+    "unquantized",
+    "bf16",
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_block",
+    "mxfp8",
+    "nvfp4",
+    "mxfp4",
+    "mxint4",
 ]
 
 FORMATS: dict[FormatName, Format] = {
@@ -106,25 +149,35 @@ FORMATS: dict[FormatName, Format] = {
         Unquantized(),
         Bf16(),
         Fp8PerTensor(),
+        Fp8PerChannel(),
         Fp8BlockScale(),
         MxFp8(),
         Nvfp4(),
         MxFp4(),
+        MxInt4(),
     )
 }
 """Every format by the name that the command line uses, with its default settings."""
 
 
 def weight_block(fmt: Format) -> tuple[int, int]:
-    """Rows and columns of one weight matrix that share a scale; (1, 1) where none do."""
+    """Rows and columns of one weight matrix that cannot be cut apart without a new scale.
+
+    (1, 1) where any cut will do: there is no scale, or it is the whole matrix's or each row's.
+    """
     match fmt:
-        case Unquantized() | Bf16() | Fp8PerTensor():
+        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8PerChannel():
             return (1, 1)
         case Fp8BlockScale():
             return (128, 128)
-        case MxFp8() | MxFp4():
+        case MxFp8() | MxFp4() | MxInt4():
             return (1, 32)
         case Nvfp4():
             return (1, 16)
         case _:
             assert_never(fmt)
+
+
+def values_per_byte(fmt: Format) -> int:
+    """How many weights one stored element holds: 2 where two are packed into a byte, else 1."""
+    return 2 if isinstance(fmt, Nvfp4 | MxFp4 | MxInt4) else 1

@@ -11,7 +11,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16
+from typed_moe.config import Bf16, MxInt4
 from typed_moe.kernels._flashinfer_layouts import uses_shuffled_weight
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.kernels._flashinfer_padding import padded_sizes
@@ -21,9 +21,11 @@ from typed_moe.kernels.args import (
     ExpertArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
+    MxInt4MoeArgs,
     Precomputed,
 )
 
@@ -67,7 +69,7 @@ def constant_arguments(
 
 
 def _weight_layout(request: KernelRequest, library: FlashInferLibrary) -> int | None:
-    member = "BlockMajorK" if isinstance(request.quant, Bf16) else "MajorK"
+    member = "BlockMajorK" if isinstance(request.quant, Bf16 | MxInt4) else "MajorK"
     return library.number("WeightLayout", member)
 
 
@@ -129,6 +131,8 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
                 "gemm2_weights": args.gemm2_weights,
                 "output2_scales_scalar": args.output2_scales_scalar,
             }
+        case Fp8PerChannelMoeArgs():
+            return _per_channel(args)
         case Fp8BlockMoeArgs():
             return {
                 "hidden_states": args.hidden_states,
@@ -143,8 +147,30 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             }
         case Fp4MoeArgs():
             return _fp4(args)
+        case MxInt4MoeArgs():
+            return {
+                "hidden_states": args.hidden_states,
+                "gemm1_weights": args.gemm1_weights,
+                "gemm1_weights_scale": args.gemm1_weights_scale,
+                "gemm2_weights": args.gemm2_weights,
+                "gemm2_weights_scale": args.gemm2_weights_scale,
+            }
         case _:
             assert_never(args)
+
+
+def _per_channel(args: Fp8PerChannelMoeArgs) -> Arguments:
+    return {
+        "hidden_states": args.hidden_states,
+        "hidden_states_scale": args.hidden_states_scale.contiguous(),
+        "gemm1_weights": args.gemm1_weights,
+        "gemm1_per_channel_weight_scale": args.gemm1_per_channel_weight_scale,
+        "output1_scale_scalar": args.output1_scale_scalar,
+        "output1_scale_gate_scalar": args.output1_scale_gate_scalar,
+        "gemm2_weights": args.gemm2_weights,
+        "gemm2_per_channel_weight_scale": args.gemm2_per_channel_weight_scale,
+        "output2_scale_scalar": args.output2_scale_scalar,
+    }
 
 
 def _fp4(args: Fp4MoeArgs) -> Arguments:
@@ -171,9 +197,9 @@ def gate_scale(args: MoeArgs) -> Tensor | None:
     match args:
         case Fp8PerTensorMoeArgs():
             return args.output1_scales_gate_scalar
-        case Fp4MoeArgs():
+        case Fp8PerChannelMoeArgs() | Fp4MoeArgs():
             return args.output1_scale_gate_scalar
-        case Bf16MoeArgs() | Fp8BlockMoeArgs():
+        case Bf16MoeArgs() | Fp8BlockMoeArgs() | MxInt4MoeArgs():
             return None
         case _:
             assert_never(args)

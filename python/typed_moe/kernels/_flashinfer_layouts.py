@@ -6,8 +6,12 @@ test_flashinfer_layouts.py` compares):
 
     up rows before gate rows, then one of each in turn (`reorder_rows_for_gated_act_gemm`),
     rows shuffled in blocks of 32 (`shuffle_matrix_a` with epilogue_tile_m = 128),
-    scales of 16 or 32 values in tiles of 128 x 4 (`block_scale_interleave`),
-    bfloat16 in blocks of 128 bytes along K (`convert_to_block_layout`).
+    scales of 16 or 32 values in tiles of 128 x 4 (`block_scale_interleave`), bytes or bfloat16,
+    bfloat16 and int4 in blocks of 128 bytes along K (`convert_to_block_layout`).
+
+int4 has both: its values lie in blocks and its scales in tiles (FlashInfer 0.7.2.post1,
+`fused_moe/prepare.py`, `prepare_trtllm_mxint4_weights`; vLLM's `flashinfer_mxint4_moe.py` does the
+same). A block of 128 bytes is 256 int4 values, so that both widths are multiples of 256.
 
 Shapes: L experts, M rows of the first matrix, I intermediate size, H hidden size.
 """
@@ -19,7 +23,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16, Format, Fp8BlockScale, Fp8PerTensor, is_gated
+from typed_moe.config import (
+    Bf16,
+    Format,
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxInt4,
+    is_gated,
+)
 from typed_moe.kernels._flashinfer_padding import is_padded, pad_weights
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.weights import ExpertWeights
@@ -59,17 +71,18 @@ def prepare_weights(weights: ExpertWeights, request: KernelRequest) -> ExpertWei
     ):
         if tensor is not None:
             _permute_rows(tensor, order)
-    if isinstance(request.quant, Bf16):
+    if not isinstance(request.quant, Bf16 | Fp8PerTensor):
+        for scale, order in ((weights.w13_scale, first), (weights.w2_scale, second)):
+            assert scale is not None, "the format has scales"
+            _permute_rows(scale, order)
+            if not isinstance(request.quant, Fp8PerChannel):
+                _interleave_scales(scale)
+    if isinstance(request.quant, Bf16 | MxInt4):
         return replace(
             weights,
             w13_weight=_in_blocks(weights.w13_weight),
             w2_weight=_in_blocks(weights.w2_weight),
         )
-    if not isinstance(request.quant, Fp8PerTensor):
-        for scale, order in ((weights.w13_scale, first), (weights.w2_scale, second)):
-            assert scale is not None, "the format has scales"
-            _permute_rows(scale, order)
-            _interleave_scales(scale)
     return replace(weights)
 
 
@@ -95,26 +108,35 @@ def row_order(rows: int, *, gated: bool) -> Tensor:
 
 def _permute_rows(stack: Tensor, order: Tensor) -> None:
     """Rows of every expert of (L, rows, ...) or (L, rows), in place."""
-    for expert in stack.data.view(torch.uint8) if stack.element_size() == 1 else stack.data:
+    for expert in _movable(stack):
         expert.copy_(expert[order])
 
 
+def _movable(stack: Tensor) -> Tensor:
+    """The same storage in a dtype that can be indexed: bytes for the 8-bit floats."""
+    return stack.data.view(torch.uint8) if stack.element_size() == 1 else stack.data
+
+
 def _interleave_scales(scale: Tensor) -> None:
-    """(L, rows, groups) one-byte scales into tiles of 128 x 4, in place."""
-    for expert in scale.data.view(torch.uint8):
+    """(L, rows, groups) scales into tiles of 128 x 4, in place."""
+    for expert in _movable(scale):
         rows, groups = expert.shape
         tiles = expert.reshape(rows // 128, 4, 32, groups // 4, 4).permute(0, 3, 2, 1, 4)
         expert.copy_(tiles.reshape(rows, groups))
 
 
 def _in_blocks(stack: Tensor) -> Tensor:
-    """(L, rows, K) bfloat16 as (L, K / 64, rows, 64), in the same storage."""
+    """(L, rows, columns) as (L, columns / n, rows, n), n = 128 bytes, in the same storage.
+
+    64 columns of bfloat16, 128 of packed int4.
+    """
     experts, rows, columns = stack.shape
     width = _BLOCK_BYTES // stack.element_size()
     blocked = stack.data.view(experts, columns // width, rows, width)
     for number in range(experts):
         expert = stack.data[number].reshape(rows, columns // width, width)
-        blocked[number].copy_(expert.permute(1, 0, 2).contiguous())
+        # A copy even where there is one block, and nothing moves: it is read from while written.
+        blocked[number].copy_(expert.permute(1, 0, 2).clone())
     return blocked
 
 

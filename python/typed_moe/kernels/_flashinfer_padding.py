@@ -1,4 +1,4 @@
-"""Widths that the weight layouts ask for: zeros up to the next multiple of 128.
+"""Widths that the weight layouts ask for: zeros up to the next multiple of 128; 256 for int4.
 
 What is behind a width is exactly 0 throughout, since every activation that is served maps 0 to 0;
 what is cut off again is nothing. SGLang pads to 128 as well (`quantization/mxfp4.py`: "FlashInfer
@@ -16,24 +16,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from typed_moe.config import is_gated
+from typed_moe.config import MxInt4, is_gated
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     MoeArgs,
+    MxInt4MoeArgs,
 )
 from typed_moe.kernels.weights import ExpertWeights
 
 _MULTIPLE = 128
+_MULTIPLE_INT4 = 256  # 128 bytes of packed values
 
 
 def padded_sizes(request: KernelRequest) -> tuple[int, int]:
     """(hidden size, intermediate size of this rank), as the kernel is told them."""
     hidden, width = _stored_sizes(request)
-    return _up(hidden), _up(width)
+    multiple = _MULTIPLE_INT4 if isinstance(request.quant, MxInt4) else _MULTIPLE
+    return _up(hidden, multiple), _up(width, multiple)
 
 
 def is_padded(request: KernelRequest) -> bool:
@@ -57,11 +61,24 @@ def pad_weights(weights: ExpertWeights, request: KernelRequest) -> ExpertWeights
     )
 
 
+def hidden_size_of(args: MoeArgs) -> int:
+    """H of a record's activations."""
+    columns = args.hidden_states.shape[1]
+    return 2 * columns if args.hidden_states.dtype is torch.uint8 else columns
+
+
+def padded_intermediate_size(args: MoeArgs) -> int:
+    """The rank's intermediate size, as the kernel is told it."""
+    return _up(args.experts.intermediate_size, _multiple_of(args))
+
+
 def pad_activations(args: MoeArgs, hidden_size: int) -> MoeArgs:
     """The record with zeros behind H of its activations and their scales."""
-    padded = _up(hidden_size)
+    padded = _up(hidden_size, _multiple_of(args))
+    if padded == hidden_size:
+        return args
     match args:
-        case Bf16MoeArgs() | Fp8PerTensorMoeArgs():
+        case Bf16MoeArgs() | Fp8PerTensorMoeArgs() | Fp8PerChannelMoeArgs() | MxInt4MoeArgs():
             return replace(args, hidden_states=_wide(args.hidden_states, hidden_size, padded))
         case Fp4MoeArgs():
             scale = args.hidden_states_scale
@@ -85,8 +102,12 @@ def _stored_sizes(request: KernelRequest) -> tuple[int, int]:
     return request.hidden_size, width
 
 
-def _up(size: int) -> int:
-    return -(-size // _MULTIPLE) * _MULTIPLE
+def _multiple_of(args: MoeArgs) -> int:
+    return _MULTIPLE_INT4 if isinstance(args, MxInt4MoeArgs) else _MULTIPLE
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _or_none(

@@ -12,13 +12,23 @@ import attrs
 import torch
 from torch import Tensor
 
-from typed_moe.config import Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, Nvfp4
+from typed_moe.config import (
+    Fp8BlockScale,
+    Fp8PerChannel,
+    Fp8PerTensor,
+    MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
+)
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     MoeArgs,
+    MxInt4MoeArgs,
 )
 from typed_moe.quantization import (
     Quantized,
@@ -56,10 +66,14 @@ def numerics_of(args: MoeArgs) -> Numerics:
             return _Plain(args=args)
         case Fp8PerTensorMoeArgs():
             return _PerTensor(args=args)
+        case Fp8PerChannelMoeArgs():
+            return _PerChannel(args=args)
         case Fp8BlockMoeArgs():
             return _Block(args=args)
         case Fp4MoeArgs():
             return _Nvfp4(args=args) if args.output2_scale_scalar is not None else _Mxfp4(args=args)
+        case MxInt4MoeArgs():
+            return _Mxint4(args=args)
         case _:
             assert_never(args)
 
@@ -111,6 +125,41 @@ class _PerTensor:
         ).data.float()
         product = rounded @ args.gemm2_weights[expert].float().T
         return product * args.output2_scales_scalar[expert]
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _PerChannel:
+    args: Fp8PerChannelMoeArgs
+
+    @property
+    def hidden_size(self) -> int:
+        return self.args.gemm2_weights.shape[1]
+
+    def hidden_states(self, token: Tensor) -> Tensor:
+        stored = Quantized(
+            data=self.args.hidden_states[token], scale=self.args.hidden_states_scale[token]
+        )
+        return dequantize_activation(stored, Fp8PerChannel())
+
+    def first(self, x: Tensor, expert: int) -> Tensor:
+        args = self.args
+        weight = self._weight(args.gemm1_weights, args.gemm1_per_channel_weight_scale, expert)
+        return (x @ weight.T) * args.output1_scale_gate_scalar[expert]
+
+    def second(self, hidden: Tensor, expert: int, *, gated: bool) -> Tensor:
+        args, fmt = self.args, Fp8PerChannel()
+        stored = hidden * _to_stored(
+            args.output1_scale_scalar[expert], args.output1_scale_gate_scalar[expert], gated=gated
+        )
+        rounded = dequantize_activation(quantize_activation(stored, fmt), fmt)
+        weight = self._weight(args.gemm2_weights, args.gemm2_per_channel_weight_scale, expert)
+        return (rounded @ weight.T) * args.output2_scale_scalar[expert]
+
+    def _weight(self, weights: Tensor, scales: Tensor, expert: int) -> Tensor:
+        return dequantize_weight(
+            Quantized(data=weights[expert], scale=scales[expert]), Fp8PerChannel()
+        )
 
 
 @final
@@ -219,6 +268,30 @@ class _Mxfp4:
         return dequantize_weight(
             Quantized(data=weights[expert], scale=scales[expert]), self._format
         )
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _Mxint4:
+    args: MxInt4MoeArgs
+
+    @property
+    def hidden_size(self) -> int:
+        return self.args.gemm2_weights.shape[1]
+
+    def hidden_states(self, token: Tensor) -> Tensor:
+        return self.args.hidden_states[token].float()
+
+    def first(self, x: Tensor, expert: int) -> Tensor:
+        return x @ self._weight(self.args.gemm1_weights, self.args.gemm1_weights_scale, expert).T
+
+    def second(self, hidden: Tensor, expert: int, *, gated: bool) -> Tensor:
+        del gated
+        weight = self._weight(self.args.gemm2_weights, self.args.gemm2_weights_scale, expert)
+        return hidden.to(torch.bfloat16).float() @ weight.T
+
+    def _weight(self, weights: Tensor, scales: Tensor, expert: int) -> Tensor:
+        return dequantize_weight(Quantized(data=weights[expert], scale=scales[expert]), MxInt4())
 
 
 def _to_stored(output_scale: Tensor, gate_scale: Tensor, *, gated: bool) -> Tensor:

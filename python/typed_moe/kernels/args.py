@@ -153,6 +153,39 @@ class Fp8PerTensorMoeArgs:
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Fp8PerChannelMoeArgs:
+    """`trtllm_fp8_per_channel_scale_moe`, `trtllm_fp8_per_channel_scale_routed_moe`.
+
+    The intermediate is quantised per token inside the kernel.
+
+    Attributes:
+        hidden_states: (T, H) float8_e4m3fn.
+        hidden_states_scale: (T, 1) float32.
+        gemm1_weights: (L, M, H) float8_e4m3fn.
+        gemm1_per_channel_weight_scale: (L, M) float32, in the rows' order.
+        output1_scale_scalar, output1_scale_gate_scalar: (L,) float32 as in
+            `Fp8PerTensorMoeArgs`; 1 where the scales above say everything.
+        gemm2_weights: (L, H, I) float8_e4m3fn.
+        gemm2_per_channel_weight_scale: (L, H) float32.
+        output2_scale_scalar: (L,) float32, 1 likewise.
+    """
+
+    family: ClassVar[Literal["fp8_per_channel_scale"]] = "fp8_per_channel_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    hidden_states_scale: Tensor
+    gemm1_weights: Tensor
+    gemm1_per_channel_weight_scale: Tensor
+    output1_scale_scalar: Tensor
+    output1_scale_gate_scalar: Tensor
+    gemm2_weights: Tensor
+    gemm2_per_channel_weight_scale: Tensor
+    output2_scale_scalar: Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Fp8BlockMoeArgs:
     """`trtllm_fp8_block_scale_moe`, `trtllm_fp8_block_scale_routed_moe`.
 
@@ -211,10 +244,47 @@ class Fp4MoeArgs:
     output2_scale_scalar: Tensor | None
 
 
-MoeArgs = Bf16MoeArgs | Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MxInt4MoeArgs:
+    """`trtllm_mxint4_block_scale_moe`, `trtllm_mxint4_block_scale_routed_moe`.
+
+    Attributes:
+        hidden_states: (T, H) bfloat16.
+        gemm1_weights: (L, M, H / 2) uint8, two int4 values per byte.
+        gemm1_weights_scale: (L, M, H / 32) bfloat16.
+        gemm2_weights: (L, H, I / 2) uint8.
+        gemm2_weights_scale: (L, H, I / 32) bfloat16.
+    """
+
+    family: ClassVar[Literal["mxint4_block_scale"]] = "mxint4_block_scale"
+    routing: Routing
+    experts: ExpertArgs
+    hidden_states: Tensor
+    gemm1_weights: Tensor
+    gemm1_weights_scale: Tensor
+    gemm2_weights: Tensor
+    gemm2_weights_scale: Tensor
+
+
+MoeArgs = (
+    Bf16MoeArgs
+    | Fp8PerTensorMoeArgs
+    | Fp8PerChannelMoeArgs
+    | Fp8BlockMoeArgs
+    | Fp4MoeArgs
+    | MxInt4MoeArgs
+)
 """Any argument record."""
 
-Family = Literal["bf16", "fp8_per_tensor_scale", "fp8_block_scale", "fp4_block_scale"]
+Family = Literal[
+    "bf16",
+    "fp8_per_tensor_scale",
+    "fp8_per_channel_scale",
+    "fp8_block_scale",
+    "fp4_block_scale",
+    "mxint4_block_scale",
+]
 
 
 def entry_point(family: Family, routing: type[FromLogits | Precomputed]) -> str:

@@ -99,7 +99,7 @@ class FlashInferKernel:
         return self._rules(family, version, request)
 
     def _rules(self, family: Family, version: Version, request: KernelRequest) -> KernelRules:
-        served, not_served = facts.methods(version)
+        served, not_served = facts.methods(version, family)
         for name in tuple(served):
             if self._library.number("RoutingMethodType", name) is None:
                 reason = f"{self.name} has no RoutingMethodType.{name}"
@@ -228,6 +228,11 @@ def layer_refusal(request: KernelRequest) -> Refused | None:
     if activation_arguments(activation)[0] not in allowed:
         return Refused(
             f"runs {', '.join(sorted(allowed))} with {quant.name}; the activation is {activation}"
+        )
+    if quant.name in facts.PLAIN_SWIGLU and activation != Swiglu():
+        return Refused(
+            f"runs Swiglu() with {quant.name}; of {activation}, alpha, beta and the limit are left "
+            "out by some of its tactics"
         )
     if quant.name in facts.RAW_LIMITS:
         if isinstance(activation, Swiglu) and activation != Swiglu():

@@ -22,9 +22,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -102,10 +104,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 """Routing methods from logits, the same for every entry point.
 
 DeepSeekV3's grouped kernel is right one release earlier than the ungrouped one (flashinfer#3946);
-the difference is not worth a second line.
+the difference is not worth a second line. int4 reads bfloat16 biases alone before 0.6.18
+(flashinfer#3898), where no method with a bias is routed.
 """
 
-WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale"})
+WEIGHT_ON_INPUT: frozenset[Family] = frozenset({"fp8_per_tensor_scale", "fp8_per_channel_scale"})
 """Families whose entry points can apply the weight to the expert's input, where told to."""
 
 TUPLE_IDS: Mapping[Family, Version] = MappingProxyType(
@@ -119,22 +122,32 @@ TUPLE_IDS: Mapping[Family, Version] = MappingProxyType(
 """Since when precomputed ids and float32 weights are taken side by side.
 
 Earlier ones take a packed word of id and bfloat16 weight. FP4 takes a pair from 0.6.12 on, and
-reads its float32 weights as such from 0.6.16 on (flashinfer#3763).
+reads its float32 weights as such from 0.6.16 on (flashinfer#3763). A family that is not here takes
+packed words in every release.
 """
 
 ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "bf16": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "fp8_per_tensor": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
+        "fp8_per_channel": frozenset({"Swiglu", "Relu2"}),
         "fp8_block": frozenset({"Swiglu"}),
         "mxfp8": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "nvfp4": frozenset({"Swiglu", "SwigluStep", "Relu2"}),
         "mxfp4": frozenset({"Swiglu", "Relu2"}),
+        "mxint4": frozenset({"Swiglu"}),
     }
 )
 """By format. FlashInfer's docstrings; SwigluStep as its references compute it.
 
 Geglu is left out: FlashInfer's docstrings name it without saying which GELU it is.
+"""
+
+PLAIN_SWIGLU = frozenset({"mxint4"})
+"""Formats that run Swiglu without alpha, beta and limit only.
+
+The entry points take all three, but a precomputed call may run a tactic that leaves them out:
+`MxInt4BlockScaleLauncher::run_da_body` of 0.7.2.post1 sets them to null.
 """
 
 RAW_LIMITS = frozenset({"fp8_per_tensor", "nvfp4"})
@@ -154,12 +167,22 @@ def precomputed_rules(family: Family, version: Version) -> PrecomputedRules:
     tier = Tier(max_experts=2048, max_top_k=32)
     if version < (0, 6, 7):
         tier = Tier(max_experts=512, max_top_k=10)
-    return PrecomputedRules(tiers=(tier,), packed=version < TUPLE_IDS[family])
+    since = TUPLE_IDS.get(family)
+    packed = since is None or version < since
+    return PrecomputedRules(tiers=(tier,), packed=packed)
 
 
-def methods(version: Version) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
-    """The methods that a release routes from logits, and why it does not route the others."""
+def methods(
+    version: Version, family: Family
+) -> tuple[Mapping[str, MethodRules], Mapping[str, str]]:
+    """The methods that a release routes from logits, and why it does not route the others.
+
+    With FP8 per channel, a weight on the input asks for bfloat16 logits (launcher,
+    `Fp8PerChannelLauncher::check_routing`).
+    """
     served = {name: method.rules for name, method in METHODS.items() if version >= method.since}
+    if family == "fp8_per_channel_scale" and "Llama4" in served:
+        served["Llama4"] = attrs.evolve(_LLAMA4, logits_dtypes=(torch.bfloat16,))
     refused = {
         name: f"FlashInfer below {version_text(method.since)} does not route {name} here: "
         f"{method.before}"
@@ -178,9 +201,13 @@ def family_of(fmt: Format) -> Family | None:
             return "bf16"
         case Fp8PerTensor():
             return "fp8_per_tensor_scale"
+        case Fp8PerChannel():
+            return "fp8_per_channel_scale"
         case Fp8BlockScale() | MxFp8():
             return "fp8_block_scale"
         case Nvfp4() | MxFp4():
             return "fp4_block_scale"
+        case MxInt4():
+            return "mxint4_block_scale"
         case _:
             assert_never(fmt)

@@ -23,7 +23,17 @@ _SEPARATE: dict[str, Projection] = {
     "w3": "up_proj",
     "w2": "down_proj",
 }
-_KINDS = ("weight", "weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale", "bias")
+_KINDS = (
+    "weight",
+    "weight_scale_inv",
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "bias",
+    # compressed-tensors' int4 ("pack-quantized")
+    "weight_packed",
+    "weight_shape",
+)
 _NAME = re.compile(rf"^(?:(\d+)\.)?(\w+?)\.({'|'.join(_KINDS)})$")
 _FUSED = re.compile(r"^(gate_up_proj|down_proj)(?:_(bias|blocks|scales)|\.weight)?$")
 

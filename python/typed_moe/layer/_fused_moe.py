@@ -61,10 +61,11 @@ class FusedMoE(nn.Module):
 
     Parameters (L local experts, M = 2I if gated, else I):
         w13_weight (L, M, H), w2_weight (L, H, I), and by format their scales:
-        `w13_weight_scale_inv` (Fp8BlockScale); `w13_weight_scale` (Fp8PerTensor, MxFp8, MxFp4);
+        `w13_weight_scale_inv` (Fp8BlockScale); `w13_weight_scale` (Fp8PerTensor,
+        Fp8PerChannel, MxFp8, MxFp4, MxInt4);
         `w13_weight_scale` and `w13_weight_scale_2` (Nvfp4); `w13_input_scale` (Fp8PerTensor,
         Nvfp4). The same for `w2`. With `has_bias`: `w13_weight_bias`, `w2_weight_bias`.
-        Packed FP4 weights hold two values per byte.
+        Packed FP4 and int4 weights hold two values per byte.
     Buffers:
         e_score_correction_bias (E,), in the dtype that was loaded, where the strategy reads
         one; None otherwise.

@@ -17,11 +17,14 @@ from torch import Tensor
 from typed_moe.config import (
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
+    values_per_byte,
     weight_block,
 )
 from typed_moe.errors import CheckpointError
@@ -49,7 +52,7 @@ class StoredMatrix:
         if _cuts(block, start, stop, self.stored.data.shape[0]):
             return self._plain(self.values()[start:stop])
         scale = self.stored.scale
-        if scale is not None and scale.dim() == 2:
+        if scale is not None and scale.dim() > 0:
             scale = scale[start // block : -(-stop // block)]
         return attrs.evolve(
             self, stored=replace(self.stored, data=self.stored.data[start:stop], scale=scale)
@@ -58,7 +61,7 @@ class StoredMatrix:
     def columns(self, start: int, stop: int) -> StoredMatrix:
         """The columns from start to stop; as values where they cut through one of the blocks."""
         block = weight_block(self.fmt)[1]
-        packing = 2 if isinstance(self.fmt, Nvfp4 | MxFp4) else 1
+        packing = values_per_byte(self.fmt)
         if _cuts(block, start, stop, packing * self.stored.data.shape[1]):
             return self._plain(self.values()[:, start:stop])
         scale = self.stored.scale
@@ -82,17 +85,19 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     Args:
         name: for messages.
         tensors: by kind: `weight` and, by format, `weight_scale_inv`, `weight_scale`,
-            `weight_scale_2`, `input_scale`.
+            `weight_scale_2`, `input_scale`; int4 of compressed-tensors has `weight_packed` for
+            `weight`.
         shape: the rows and columns that the layer expects.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype.
     """
-    weight = tensors.get("weight")
+    weight = _int4_bytes(tensors["weight_packed"]) if "weight_packed" in tensors else None
+    weight = tensors.get("weight", weight)
     if weight is None:
         raise CheckpointError(f"{name}.weight is missing; the checkpoint has {sorted(tensors)}")
     fmt = _format(name, weight, tensors)
-    packing = 2 if isinstance(fmt, Nvfp4 | MxFp4) else 1
+    packing = values_per_byte(fmt)
     if tuple(weight.shape) != (shape[0], shape[1] // packing):
         raise CheckpointError(
             f"{name}.weight has shape {tuple(weight.shape)}; allowed: "
@@ -104,6 +109,19 @@ def read_matrix(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     return StoredMatrix(
         fmt=fmt, stored=_checked(name, fmt, stored, shape), input_scale=tensors.get("input_scale")
     )
+
+
+def _int4_bytes(packed: Tensor) -> Tensor:
+    """int32 (rows, K / 8) of compressed-tensors as uint8 (rows, K / 2): the layer's own int4.
+
+    Both have the even index in the low nibble. compressed-tensors stores value + 8, which is the
+    two's complement with its sign bit turned over.
+
+    Source: compressed-tensors `pack_to_int32`; Kimi K2's int4 checkpoints.
+    """
+    if packed.dtype is not torch.int32:
+        return packed
+    return packed.contiguous().view(torch.uint8) ^ 0x88
 
 
 def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
@@ -123,16 +141,20 @@ def _format(name: str, weight: Tensor, tensors: Mapping[str, Tensor]) -> Format:
             return MxFp8()
         if scale is not None and scale.numel() == 1:
             return Fp8PerTensor()
+        if scale is not None and tuple(scale.shape) in ((weight.shape[0],), (weight.shape[0], 1)):
+            return Fp8PerChannel()
     if weight.dtype is torch.uint8 and scale is not None:
         if scale.dtype is torch.uint8:
             return MxFp4()
+        if scale.dtype is torch.bfloat16:
+            return MxInt4()
         if "weight_scale_2" in tensors:
             return Nvfp4()
     raise CheckpointError(
         f"{name}.weight is {weight.dtype} with {sorted(set(tensors) - {'weight'}) or 'no scale'}; "
         "allowed: float32, bfloat16 or float16 without a scale, float8_e4m3fn with "
-        "weight_scale_inv (blocks) or weight_scale (one, or E8M0 bytes), uint8 with weight_scale "
-        "(MXFP4) or weight_scale and weight_scale_2 (NVFP4)"
+        "weight_scale_inv (blocks) or weight_scale (one, one per row, or E8M0 bytes), uint8 with weight_scale "
+        "(E8M0 bytes: MXFP4, bfloat16: int4) or weight_scale and weight_scale_2 (NVFP4)"
     )
 
 
@@ -146,11 +168,14 @@ def _checked(name: str, fmt: Format, stored: Quantized, shape: tuple[int, int]) 
     if isinstance(fmt, Fp8PerTensor):
         expected = ()
         scale = scale.reshape(())
+    if isinstance(fmt, Fp8PerChannel):
+        expected = (rows,)
+        scale = scale.flatten()
     if tuple(scale.shape) != expected:
         raise CheckpointError(
             f"the scale of {name} has shape {tuple(scale.shape)}; allowed: {expected} for {fmt.name}"
         )
-    if isinstance(fmt, Fp8BlockScale | Fp8PerTensor):
+    if isinstance(fmt, Fp8BlockScale | Fp8PerTensor | Fp8PerChannel):
         scale = scale.float()
     second = stored.global_scale
     return replace(

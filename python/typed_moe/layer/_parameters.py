@@ -17,9 +17,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
     weight_block,
@@ -102,7 +104,7 @@ def _matrix(
 ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
     """Suffix -> shape of one expert's tensor and dtype."""
     fp8 = ((rows, columns), torch.float8_e4m3fn)
-    fp4 = ((rows, columns // 2), torch.uint8)
+    packed = ((rows, columns // 2), torch.uint8)
     match fmt:
         case Unquantized():
             return {"weight": ((rows, columns), dtype)}
@@ -114,6 +116,8 @@ def _matrix(
                 "weight_scale": ((), torch.float32),
                 "input_scale": ((), torch.float32),
             }
+        case Fp8PerChannel():
+            return {"weight": fp8, "weight_scale": ((rows,), torch.float32)}
         case Fp8BlockScale():
             blocks = (-(-rows // 128), -(-columns // 128))
             return {"weight": fp8, "weight_scale_inv": (blocks, torch.float32)}
@@ -121,13 +125,15 @@ def _matrix(
             return {"weight": fp8, "weight_scale": ((rows, columns // 32), torch.uint8)}
         case Nvfp4():
             return {
-                "weight": fp4,
+                "weight": packed,
                 "weight_scale": ((rows, columns // 16), torch.float8_e4m3fn),
                 "weight_scale_2": ((), torch.float32),
                 "input_scale": ((), torch.float32),
             }
         case MxFp4():
-            return {"weight": fp4, "weight_scale": ((rows, columns // 32), torch.uint8)}
+            return {"weight": packed, "weight_scale": ((rows, columns // 32), torch.uint8)}
+        case MxInt4():
+            return {"weight": packed, "weight_scale": ((rows, columns // 32), torch.bfloat16)}
         case _:
             assert_never(fmt)
 
@@ -135,7 +141,7 @@ def _matrix(
 def unloaded(name: str, spec: ParameterSpec, device: torch.device | None) -> Tensor:
     """A tensor that is recognised as never loaded: NaN where the dtype has one.
 
-    The NaN of an E8M0 scale is the byte 255. Packed FP4 values have none and start as zeros;
+    The NaN of an E8M0 scale is the byte 255. Packed values have none and start as zeros;
     the scales beside them tell.
     """
     if spec.dtype is torch.uint8:
@@ -166,7 +172,7 @@ def scale_name(prefix: str, fmt: Format) -> str | None:
             return None
         case Fp8BlockScale():
             return f"{prefix}_weight_scale_inv"
-        case Fp8PerTensor() | MxFp8() | Nvfp4() | MxFp4():
+        case Fp8PerTensor() | Fp8PerChannel() | MxFp8() | Nvfp4() | MxFp4() | MxInt4():
             return f"{prefix}_weight_scale"
         case _:
             assert_never(fmt)

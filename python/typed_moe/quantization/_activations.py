@@ -11,9 +11,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -33,8 +35,8 @@ def quantize_activation(x: Tensor, fmt: Format, *, input_scale: Tensor | None = 
     """Quantise the operand that a format multiplies its weights with.
 
     A NaN stays a NaN, and makes one of its whole group where the group has a scale of its own.
-    An infinity does the same under `Fp8BlockScale`, `MxFp8` and `MxFp4`; under the static
-    scales it saturates. Nothing here reads a value back to the host.
+    An infinity does the same under `Fp8PerChannel`, `Fp8BlockScale`, `MxFp8` and `MxFp4`; under
+    the static scales it saturates. Nothing here reads a value back to the host.
 
     Args:
         x: float (T, K), one row a token.
@@ -46,10 +48,11 @@ def quantize_activation(x: Tensor, fmt: Format, *, input_scale: Tensor | None = 
     Returns:
         By format:
         `Fp8PerTensor` float8_e4m3fn (T, K), the scale ();
+        `Fp8PerChannel` float8_e4m3fn (T, K), float32 (T, 1), one per token;
         `Fp8BlockScale` float8_e4m3fn (T, K), float32 (T, ceil(K/128)), one per 1x128;
         `MxFp8` and `MxFp4(activation="mxfp8")` float8_e4m3fn (T, K), uint8 (T, K/32);
         `Nvfp4` uint8 (T, K/2), float8_e4m3fn (T, K/16), `global_scale` ();
-        `Bf16` and `MxFp4(activation="bf16")` bfloat16 (T, K), no scale;
+        `Bf16`, `MxInt4` and `MxFp4(activation="bf16")` bfloat16 (T, K), no scale;
         `Unquantized` x itself.
 
     Raises:
@@ -61,11 +64,14 @@ def quantize_activation(x: Tensor, fmt: Format, *, input_scale: Tensor | None = 
     match fmt:
         case Unquantized():
             return Quantized(data=x, scale=None)
-        case Bf16() | MxFp4(activation="bf16"):
+        case Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return Quantized(data=x.to(torch.bfloat16), scale=None)
         case Fp8PerTensor():
             scale = _static_scale(input_scale, fmt)
             return Quantized(data=_rows.quantize_fp8_per_tensor(_float(x), scale), scale=scale)
+        case Fp8PerChannel():
+            data, scale = _rows.quantize_fp8_rows(_float(x))
+            return Quantized(data=data, scale=scale.unsqueeze(-1))
         case Fp8BlockScale():
             data, scale = _rows.quantize_fp8_blocks(_float(x), block_rows=1)
             return Quantized(data=data, scale=scale)
@@ -95,11 +101,15 @@ def dequantize_activation(q: Quantized, fmt: Format) -> Tensor:
             format's.
     """
     match fmt:
-        case Unquantized() | Bf16() | MxFp4(activation="bf16"):
+        case Unquantized() | Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return q.data.to(torch.float32)
         case Fp8PerTensor():
             check_data(q, torch.float8_e4m3fn, fmt.name)
             return q.data.to(torch.float32) * checked_scale(q, (), torch.float32, fmt.name)
+        case Fp8PerChannel():
+            check_data(q, torch.float8_e4m3fn, fmt.name)
+            scale = checked_scale(q, (q.data.shape[0], 1), torch.float32, fmt.name)
+            return _rows.dequantize_fp8_rows(q.data, scale.squeeze(-1))
         case Fp8BlockScale():
             check_data(q, torch.float8_e4m3fn, fmt.name)
             scale = checked_scale(q, _groups(q, _rows.FP8_BLOCK), torch.float32, fmt.name)
@@ -125,8 +135,16 @@ def _check_activation(x: Tensor, fmt: Format) -> None:
             f"x has shape {tuple(x.shape)}; allowed: (T, K), one row a token. Flatten the "
             "leading dimensions first."
         )
-    group = 1 if isinstance(fmt, MxFp4) and fmt.activation == "bf16" else row_group(fmt)
-    check_columns("x", x.shape, group, fmt.name)
+    check_columns("x", x.shape, _row_group(fmt), fmt.name)
+
+
+def _row_group(fmt: Format) -> int:
+    """As `row_group`, but for the formats that multiply their groups with plain bfloat16."""
+    match fmt:
+        case MxInt4() | MxFp4(activation="bf16"):
+            return 1
+        case _:
+            return row_group(fmt)
 
 
 def _static_scale(input_scale: Tensor | None, fmt: Fp8PerTensor | Nvfp4) -> Tensor:

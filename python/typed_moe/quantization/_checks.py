@@ -11,9 +11,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -24,11 +26,11 @@ from typed_moe.quantization._rows import FP8_BLOCK, MX_GROUP, NVFP4_GROUP
 def row_group(fmt: Format) -> int:
     """How many values along K have to be there in whole groups; 1 where any K will do."""
     match fmt:
-        case MxFp8() | MxFp4():
+        case MxFp8() | MxFp4() | MxInt4():
             return MX_GROUP
         case Nvfp4():
             return NVFP4_GROUP
-        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8BlockScale():
+        case Unquantized() | Bf16() | Fp8PerTensor() | Fp8PerChannel() | Fp8BlockScale():
             return 1
         case _:
             assert_never(fmt)
@@ -66,17 +68,22 @@ def check_weight(weight: Tensor, fmt: Format) -> None:
 
 
 def weight_scale_layout(
-    fmt: Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | Nvfp4, shape: torch.Size
+    fmt: Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4,
+    shape: torch.Size,
 ) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a weight's scales, from the weight's shape (..., N, K)."""
     experts, (rows, columns) = tuple(shape[:-2]), shape[-2:]
     match fmt:
         case Fp8PerTensor():
             return experts, torch.float32
+        case Fp8PerChannel():
+            return (*experts, rows), torch.float32
         case Fp8BlockScale():
             return (*experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)), torch.float32
         case MxFp8() | MxFp4():
             return (*experts, rows, columns // MX_GROUP), torch.uint8
+        case MxInt4():
+            return (*experts, rows, columns // MX_GROUP), torch.bfloat16
         case Nvfp4():
             return (*experts, rows, columns // NVFP4_GROUP), torch.float8_e4m3fn
         case _:

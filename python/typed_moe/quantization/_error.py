@@ -10,11 +10,13 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     Geglu,
     Gelu,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Relu2,
     Silu,
@@ -25,9 +27,9 @@ from typed_moe.config import (
 
 _BF16 = 2.0**-16 / 3  # square of u / sqrt(3), u = 2^-8: seven stored mantissa bits
 
-# Values that share a per-tensor scale: any number, as long as the largest is under 2^10 times
+# Values that share the scale of a tensor or of a row: any number, as long as the largest is under 2^10 times
 # the root mean square. Beyond 2^13 the subnormals of E4M3 would begin to count.
-_PER_TENSOR_CREST_SQUARED = 2.0**20
+_CREST_SQUARED = 2.0**20
 
 # s^2 E[f'(sZ)^2] / E[f(sZ)^2], Z standard normal, at the worst s (for a clamp: s up to the
 # limit, and the worst limit). Rounded up; tests/quantization/test_error_bound.py integrates them.
@@ -55,7 +57,8 @@ def relative_error_bound(fmt: Format, activation: Activation) -> float:
        if it were v. A group of B values whose largest is a has sum of squares a^2 or more:
        that is the second term. The third is what saturation at c takes from the largest value
        under the E8M0 floor rule, charged as if the group's whole energy were in that value.
-       The floor rule leaves a anywhere in [2^k, 2^(k+1)), on a log-uniform scale.
+       The floor rule leaves a anywhere in [2^k, 2^(k+1)), on a log-uniform scale. int4 has one
+       step, 1, for values of every size: e^2 = B/12 * E[1/a^2].
     2. gemm1: errors of independent sign add in quadrature over the sum,
        g^2 = (1 + e_w^2)(1 + e_a^2)(1 + b^2) - 1, b for bfloat16.
     3. Activation f of pre-activations x of root mean square s, error of root mean square g s
@@ -96,8 +99,8 @@ def _weight_error(fmt: Format) -> float:
     match fmt:
         case Unquantized() | Bf16():
             return _BF16
-        case Fp8PerTensor():
-            return _e4m3_error(_PER_TENSOR_CREST_SQUARED, 448.0)
+        case Fp8PerTensor() | Fp8PerChannel():
+            return _e4m3_error(_CREST_SQUARED, 448.0)
         case Fp8BlockScale():
             return _e4m3_error(128.0 * 128.0, 448.0)
         case MxFp8():
@@ -105,6 +108,8 @@ def _weight_error(fmt: Format) -> float:
         case MxFp4():
             clipped = _mean_clipped(6.0, 4.0)
             return _rounding(1, 32 * _mean_inverse_square(4.0), smallest=1.0) + clipped
+        case MxInt4():
+            return _mxint4_error()
         case Nvfp4():
             return _nvfp4_error()
         case _:
@@ -114,10 +119,10 @@ def _weight_error(fmt: Format) -> float:
 def _activation_error(fmt: Format) -> float:
     """Mean square relative error of an activation in this format."""
     match fmt:
-        case Unquantized() | Bf16() | MxFp4(activation="bf16"):
+        case Unquantized() | Bf16() | MxInt4() | MxFp4(activation="bf16"):
             return _BF16
-        case Fp8PerTensor():
-            return _e4m3_error(_PER_TENSOR_CREST_SQUARED, 448.0)
+        case Fp8PerTensor() | Fp8PerChannel():
+            return _e4m3_error(_CREST_SQUARED, 448.0)
         case Fp8BlockScale():
             return _e4m3_error(128.0, 448.0)
         case MxFp8() | MxFp4():
@@ -153,6 +158,18 @@ def _nvfp4_error() -> float:
     """
     largest = 6.0 / (1 + 2.0**-4)
     return _rounding(1, 16 / largest**2, smallest=1.0)
+
+
+def _mxint4_error() -> float:
+    """Whole numbers in groups of 32 whose largest lands within 2^-8 of 7, or beyond.
+
+    The grid has one step throughout, so that the mean square error is 1/12 for every value: B/12
+    over a sum of squares that is a^2 at least. The scale brings the largest value to 7 or the
+    smallest to -8, so that a is 7 or more. Rounding the scale to bfloat16 moves a by 2^-8 of
+    itself; what it pushes beyond 7 or -8 is nearer to them than half a step.
+    """
+    largest = 7.0 / (1 + 2.0**-8)
+    return 32 / 12 / largest**2
 
 
 def _mean_inverse_square(low: float) -> float:

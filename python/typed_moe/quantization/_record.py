@@ -15,11 +15,12 @@ class Quantized:
 
     Attributes:
         data: the stored values. float8_e4m3fn (..., K) for the FP8 formats; uint8 (..., K/2)
-            for the FP4 formats, two E2M1 codes a byte, the even index in the low nibble;
+            for the FP4 formats and int4, two codes a byte, the even index in the low nibble;
             bfloat16 (..., K) for `Bf16`; as given for `Unquantized`.
         scale: what multiplies `data`, one per group of values, or None where the format has
-            none. float32 for `Fp8PerTensor` and `Fp8BlockScale`, uint8 (E8M0 exponent bytes)
-            for `MxFp8` and `MxFp4`, float8_e4m3fn for `Nvfp4`. docs/formats.md has the shapes.
+            none. float32 for `Fp8PerTensor`, `Fp8PerChannel` and `Fp8BlockScale`, uint8 (E8M0 exponent
+            bytes) for `MxFp8` and `MxFp4`, bfloat16 for `MxInt4`, float8_e4m3fn for `Nvfp4`.
+            docs/formats.md has the shapes.
         global_scale: float32, only for `Nvfp4`: the second level of scale. One per expert
             matrix for weights, one for an activation.
     """

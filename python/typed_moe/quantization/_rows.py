@@ -19,7 +19,8 @@ from typed_moe.quantization._e2m1 import (
     unpack_nibbles,
 )
 from typed_moe.quantization._e8m0 import e8m0_decode, e8m0_from_amax, e8m0_reciprocal
-from typed_moe.quantization._scales import E4M3_MAX, float_scale
+from typed_moe.quantization._int4 import INT4_MAX, INT4_MIN, int4_decode, int4_encode
+from typed_moe.quantization._scales import E4M3_MAX, SMALLEST_NORMAL, float_scale
 
 FP8_BLOCK = 128
 MX_GROUP = 32
@@ -45,6 +46,17 @@ def _grouped(rows: Tensor, group: int) -> Tensor:
 def quantize_fp8_per_tensor(rows: Tensor, scale: Tensor) -> Tensor:
     """float32 (..., K) divided by one scale, as float8_e4m3fn."""
     return to_e4m3(rows / scale)
+
+
+def quantize_fp8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 (R, K) to float8_e4m3fn (R, K) and float32 (R,), the row's amax / 448."""
+    scale = float_scale(rows.abs().amax(dim=-1), E4M3_MAX)
+    return to_e4m3(rows / scale.unsqueeze(-1)), scale
+
+
+def dequantize_fp8_rows(data: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantize_fp8_rows`: float32 (R, K)."""
+    return data.to(torch.float32) * scale.unsqueeze(-1)
 
 
 def quantize_fp8_blocks(rows: Tensor, block_rows: int) -> tuple[Tensor, Tensor]:
@@ -103,6 +115,27 @@ def dequantize_mxfp4(data: Tensor, scale: Tensor) -> Tensor:
     """The inverse of `quantize_mxfp4`: float32 (..., K)."""
     groups = _grouped(e2m1_decode(unpack_nibbles(data)), MX_GROUP)
     return (groups * e8m0_decode(scale).unsqueeze(-1)).flatten(-2)
+
+
+def quantize_mxint4(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 (..., K) to packed int4 (..., K/2) and bfloat16 scales (..., K/32).
+
+    A group's scale brings its largest value to 7 or its smallest to -8, whichever asks for more,
+    and is rounded to bfloat16 before the values are divided by it: what a kernel multiplies with.
+    Not under 2^-126, and 1 for zeros.
+    """
+    groups = _grouped(rows, MX_GROUP)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    wanted = torch.maximum(high / INT4_MAX, low / INT4_MIN)
+    scale = torch.where(wanted == 0.0, 1.0, wanted.clamp(min=SMALLEST_NORMAL)).to(torch.bfloat16)
+    codes = int4_encode(groups / scale.to(torch.float32).unsqueeze(-1))
+    return pack_nibbles(codes.flatten(-2)), scale
+
+
+def dequantize_mxint4(data: Tensor, scale: Tensor) -> Tensor:
+    """The inverse of `quantize_mxint4`: float32 (..., K)."""
+    groups = _grouped(int4_decode(unpack_nibbles(data)), MX_GROUP)
+    return (groups * scale.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
 def quantize_nvfp4(rows: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:

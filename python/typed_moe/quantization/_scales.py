@@ -9,7 +9,7 @@ from typed_moe.config import Format, Fp8PerTensor, Nvfp4
 from typed_moe.quantization._e2m1 import E2M1_MAX
 
 E4M3_MAX = 448.0
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def float_scale(amax: Tensor, largest: float) -> Tensor:
@@ -25,7 +25,7 @@ def float_scale(amax: Tensor, largest: float) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    return torch.where(amax == 0.0, 1.0, (amax / largest).clamp(min=_SMALLEST_NORMAL))
+    return torch.where(amax == 0.0, 1.0, (amax / largest).clamp(min=SMALLEST_NORMAL))
 
 
 def calibration_scale(amax: Tensor, fmt: Format) -> Tensor:

@@ -17,11 +17,14 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
+    values_per_byte,
 )
 from typed_moe.quantization import _rows
 from typed_moe.quantization._checks import (
@@ -35,7 +38,7 @@ from typed_moe.quantization._record import Quantized
 from typed_moe.quantization._scales import calibration_scale
 
 _CHUNK_VALUES = 1 << 20  # 4 MiB as float32: stays in a CPU's cache, and fills a GPU
-_Scaled = Fp8PerTensor | Fp8BlockScale | MxFp8 | MxFp4 | Nvfp4
+_Scaled = Fp8PerTensor | Fp8PerChannel | Fp8BlockScale | MxFp8 | MxFp4 | MxInt4 | Nvfp4
 
 
 def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
@@ -49,9 +52,11 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
     Returns:
         The values and, by format, their scales:
         `Fp8PerTensor` float32 (...,), amax / 448;
+        `Fp8PerChannel` float32 (..., N), amax / 448 of each row;
         `Fp8BlockScale` float32 (..., ceil(N/128), ceil(K/128)), amax / 448, the
         `weight_scale_inv` of DeepSeek checkpoints;
         `MxFp8` and `MxFp4` uint8 (..., N, K/32), E8M0 exponent bytes;
+        `MxInt4` bfloat16 (..., N, K/32), the larger of max / 7 and -min / 8;
         `Nvfp4` float8_e4m3fn (..., N, K/16) and `global_scale` float32 (...,), amax / (6 * 448).
         `Unquantized` gives the weight itself, `Bf16` a bfloat16 copy (or itself).
 
@@ -70,10 +75,8 @@ def quantize_weight(weight: Tensor, fmt: Format) -> Quantized:
             return Quantized(data=weight, scale=None)
         case Bf16():
             return Quantized(data=weight.to(torch.bfloat16), scale=None)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | Nvfp4():
-            return _quantize_scaled(weight.detach(), fmt, amax)
         case _:
-            assert_never(fmt)
+            return _quantize_scaled(weight.detach(), fmt, amax)
 
 
 def dequantize_weight(q: Quantized, fmt: Format) -> Tensor:
@@ -93,10 +96,8 @@ def dequantize_weight(q: Quantized, fmt: Format) -> Tensor:
     match fmt:
         case Unquantized() | Bf16():
             return q.data.to(torch.float32)
-        case Fp8PerTensor() | Fp8BlockScale() | MxFp8() | MxFp4() | Nvfp4():
-            return _dequantize_scaled(q, fmt)
         case _:
-            assert_never(fmt)
+            return _dequantize_scaled(q, fmt)
 
 
 def _finite_amax(weight: Tensor) -> Tensor:
@@ -128,6 +129,8 @@ def _scales_of(scale: Tensor, fmt: _Scaled, expert: int, rows: range) -> Tensor:
     """The part of a weight's scales, as a view, that belongs to these rows of one expert."""
     if isinstance(fmt, Fp8PerTensor):
         return scale.flatten()[expert]
+    if isinstance(fmt, Fp8PerChannel):
+        return scale.view(-1, scale.shape[-1])[expert, rows.start : rows.stop]
     size = _rows.FP8_BLOCK if isinstance(fmt, Fp8BlockScale) else 1
     return _stacked(scale)[expert, rows.start // size : -(-rows.stop // size)]
 
@@ -159,12 +162,16 @@ def _quantize_chunk(
         case Fp8PerTensor():
             data.copy_(_rows.quantize_fp8_per_tensor(values, scale))
             return
+        case Fp8PerChannel():
+            result = _rows.quantize_fp8_rows(values)
         case Fp8BlockScale():
             result = _rows.quantize_fp8_blocks(values, _rows.FP8_BLOCK)
         case MxFp8():
             result = _rows.quantize_mxfp8(values)
         case MxFp4():
             result = _rows.quantize_mxfp4(values)
+        case MxInt4():
+            result = _rows.quantize_mxint4(values)
         case Nvfp4():
             assert global_scale is not None
             result = _rows.quantize_nvfp4(values, global_scale)
@@ -176,9 +183,9 @@ def _quantize_chunk(
 
 def _dequantize_scaled(q: Quantized, fmt: _Scaled) -> Tensor:
     """Fill the float32 result chunk by chunk."""
-    packed = isinstance(fmt, (MxFp4, Nvfp4))
-    check_data(q, torch.uint8 if packed else torch.float8_e4m3fn, fmt.name)
-    shape = torch.Size((*q.data.shape[:-1], q.data.shape[-1] * (2 if packed else 1)))
+    packing = values_per_byte(fmt)
+    check_data(q, torch.float8_e4m3fn if packing == 1 else torch.uint8, fmt.name)
+    shape = torch.Size((*q.data.shape[:-1], q.data.shape[-1] * packing))
     scale = checked_scale(q, *weight_scale_layout(fmt, shape), fmt.name).contiguous()
     global_scale = None
     if isinstance(fmt, Nvfp4):
@@ -201,12 +208,16 @@ def _dequantize_chunk(
     match fmt:
         case Fp8PerTensor():
             return data.to(torch.float32) * scale
+        case Fp8PerChannel():
+            return _rows.dequantize_fp8_rows(data, scale)
         case Fp8BlockScale():
             return _rows.dequantize_fp8_blocks(data, scale, _rows.FP8_BLOCK)
         case MxFp8():
             return _rows.dequantize_mxfp8(data, scale)
         case MxFp4():
             return _rows.dequantize_mxfp4(data, scale)
+        case MxInt4():
+            return _rows.dequantize_mxint4(data, scale)
         case Nvfp4():
             assert global_scale is not None
             return _rows.dequantize_nvfp4(data, scale, global_scale)
@@ -216,8 +227,9 @@ def _dequantize_chunk(
 
 def _empty_data(weight: Tensor, fmt: _Scaled) -> Tensor:
     """Room for the stored values of a weight."""
-    if isinstance(fmt, (MxFp4, Nvfp4)):
-        shape = (*weight.shape[:-1], weight.shape[-1] // 2)
+    packing = values_per_byte(fmt)
+    if packing > 1:
+        shape = (*weight.shape[:-1], weight.shape[-1] // packing)
         return torch.empty(shape, dtype=torch.uint8, device=weight.device)
     return torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
 

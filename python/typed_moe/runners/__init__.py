@@ -7,9 +7,11 @@ from typing import assert_never
 from typed_moe.config import (
     Bf16,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Unquantized,
 )
@@ -20,7 +22,9 @@ from typed_moe.runners._ep import Dispatched, EpMoeRunner, TokenExchange
 from typed_moe.runners._exchanges import AllGatherReduceScatter, AllReduce
 from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
+from typed_moe.runners._fp8_per_channel import Fp8PerChannelRunner
 from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
+from typed_moe.runners._mxint4 import MxInt4Runner
 from typed_moe.runners._plan import Candidate, Plan
 from typed_moe.runners._planning import Decision, decide
 
@@ -35,8 +39,10 @@ __all__ = [
     "ExpertWeights",
     "Fp4Runner",
     "Fp8BlockRunner",
+    "Fp8PerChannelRunner",
     "Fp8PerTensorRunner",
     "MoeRunner",
+    "MxInt4Runner",
     "Plan",
     "TokenExchange",
     "decide",
@@ -51,9 +57,13 @@ def make_runner(decision: Decision, weights: ExpertWeights) -> MoeRunner:
             return Bf16Runner(decision, weights)
         case Fp8PerTensor():
             return Fp8PerTensorRunner(decision, weights)
+        case Fp8PerChannel():
+            return Fp8PerChannelRunner(decision, weights)
         case Fp8BlockScale() | MxFp8():
             return Fp8BlockRunner(decision, weights)
         case Nvfp4() | MxFp4():
             return Fp4Runner(decision, weights)
+        case MxInt4():
+            return MxInt4Runner(decision, weights)
         case quant:
             assert_never(quant)

@@ -22,9 +22,11 @@ from typed_moe.kernels import (
     Family,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerChannelMoeArgs,
     Fp8PerTensorMoeArgs,
     FromLogits,
     MoeArgs,
+    MxInt4MoeArgs,
     Precomputed,
 )
 from typed_moe.routing import InKernel, as_global_ids
@@ -40,6 +42,17 @@ _TENSORS: Mapping[Family, tuple[str, ...]] = MappingProxyType(
             "output1_scales_gate_scalar",
             "gemm2_weights",
             "output2_scales_scalar",
+        ),
+        "fp8_per_channel_scale": (
+            "hidden_states",
+            "hidden_states_scale",
+            "gemm1_weights",
+            "gemm1_per_channel_weight_scale",
+            "output1_scale_scalar",
+            "output1_scale_gate_scalar",
+            "gemm2_weights",
+            "gemm2_per_channel_weight_scale",
+            "output2_scale_scalar",
         ),
         "fp8_block_scale": (
             "hidden_states",
@@ -59,6 +72,13 @@ _TENSORS: Mapping[Family, tuple[str, ...]] = MappingProxyType(
             "output1_scale_scalar",
             "output1_scale_gate_scalar",
             "output2_scale_scalar",
+        ),
+        "mxint4_block_scale": (
+            "hidden_states",
+            "gemm1_weights",
+            "gemm1_weights_scale",
+            "gemm2_weights",
+            "gemm2_weights_scale",
         ),
     }
 )
@@ -141,6 +161,10 @@ def _make(
             return Bf16MoeArgs(routing=routing, experts=experts, **tensors)
         case "fp8_per_tensor_scale":
             return Fp8PerTensorMoeArgs(routing=routing, experts=experts, **tensors)
+        case "fp8_per_channel_scale":
+            return Fp8PerChannelMoeArgs(routing=routing, experts=experts, **tensors)
+        case "mxint4_block_scale":
+            return MxInt4MoeArgs(routing=routing, experts=experts, **tensors)
         case "fp8_block_scale":
             kind: Literal["DeepSeekFp8", "MxFp8"] = "DeepSeekFp8" if deepseek else "MxFp8"
             return Fp8BlockMoeArgs(

@@ -34,7 +34,7 @@ def flashinfer_candidates(
             Candidate(kernel="flashinfer", form=RoutingForm.IN_KERNEL, taken=False, reason=reason),
         )
     version = _version()
-    methods, refused = facts.methods(version)
+    methods, refused = facts.methods(version, family)
     rules = KernelRules(
         kernel=entry_point(family, FromLogits),
         methods=methods,
