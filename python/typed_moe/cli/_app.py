@@ -23,6 +23,8 @@ from typed_moe.cli._strategies import (
     strategies,
     strategies_json,
 )
+from typed_moe.cli._verify import read_device, verify
+from typed_moe.cli._verify_report import print_verify, verify_json
 from typed_moe.config import FORMATS
 
 app = typer.Typer(
@@ -133,6 +135,34 @@ def configs_command(as_json: _Json = False) -> None:
         print_json(configs_json(found))
     else:
         print_configs(found, stdout())
+
+
+@app.command("verify")
+def verify_command(
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", help="cpu, cuda or cuda:N; the GPU where there is one.", show_default=False
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Run every strategy, format, routing form and placement that this machine can, and check each.
+
+    Small layers (hidden 256, intermediate 256, 16 experts, 6 tokens), whole and as two tensor- or
+    expert-parallel shards in one process, against float64 on the stored weights. On a GPU through
+    its kernels; on a CPU through the reference kernel and, where flashinfer is installed, through
+    FlashInfer's own references. About a minute on two CPU cores.
+
+    Exit status 1 when anything is beyond its bound, and when nothing could be run.
+    """
+    report = verify(read_device(device), Steps())
+    if as_json:
+        print_json(verify_json(report))
+    else:
+        print_verify(report, stdout())
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 def _version(asked: bool) -> None:
