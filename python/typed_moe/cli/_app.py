@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from typed_moe.cli._bench import bench_overhead
+from typed_moe.cli._bench_report import bench_json, print_bench
 from typed_moe.cli._explain import explain, explain_json, print_explanation
 from typed_moe.cli._output import print_json, stdout
 from typed_moe.cli._progress import Steps
@@ -34,6 +36,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(name="bench", help="Time what this package adds.", no_args_is_help=True)
+app.add_typer(bench)
 
 _Model = Annotated[
     str,
@@ -163,6 +167,20 @@ def verify_command(
         print_verify(report, stdout())
     if not report.passed:
         raise typer.Exit(1)
+
+
+@bench.command("overhead")
+def bench_overhead_command(as_json: _Json = False) -> None:
+    """Time a call through a runner and the same call to FlashInfer written out by hand.
+
+    On the host alone: both call the same function, which does nothing, in turns, for T of 1, 8,
+    32 and 256 tokens. FlashInfer has to be installed, and needs no GPU. About 20 seconds.
+    """
+    report = bench_overhead(Steps())
+    if as_json:
+        print_json(bench_json(report))
+    else:
+        print_bench(report, stdout())
 
 
 def _version(asked: bool) -> None:

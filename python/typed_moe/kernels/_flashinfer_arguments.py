@@ -154,15 +154,20 @@ def _fp4(args: Fp4MoeArgs) -> Arguments:
     scale = args.hidden_states_scale
     return {
         "hidden_states": args.hidden_states,
-        "hidden_states_scale": None if scale is None else scale.view(torch.float8_e4m3fn),
+        "hidden_states_scale": None if scale is None else _e4m3(scale),
         "gemm1_weights": args.gemm1_weights,
-        "gemm1_weights_scale": args.gemm1_weights_scale.view(torch.float8_e4m3fn),
+        "gemm1_weights_scale": _e4m3(args.gemm1_weights_scale),
         "gemm2_weights": args.gemm2_weights,
-        "gemm2_weights_scale": args.gemm2_weights_scale.view(torch.float8_e4m3fn),
+        "gemm2_weights_scale": _e4m3(args.gemm2_weights_scale),
         "output1_scale_scalar": args.output1_scale_scalar,
         "output1_scale_gate_scalar": args.output1_scale_gate_scalar,
         "output2_scale_scalar": args.output2_scale_scalar,
     }
+
+
+def _e4m3(scale: Tensor) -> Tensor:
+    """A view, where it is not that already: making one costs more than looking."""
+    return scale if scale.dtype is torch.float8_e4m3fn else scale.view(torch.float8_e4m3fn)
 
 
 def gate_scale(args: MoeArgs) -> Tensor | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import final
 from weakref import WeakKeyDictionary
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from typed_moe.kernels.args import (
     FromLogits,
     MoeArgs,
     Precomputed,
+    Routing,
     entry_point,
 )
 from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
@@ -68,7 +70,7 @@ class FlashInferKernel:
         self._enable_pdl = enable_pdl
         self._request: KernelRequest | None = None
         self._packed = False
-        self._constants: WeakKeyDictionary[ExpertArgs, Arguments] = WeakKeyDictionary()
+        self._calls: WeakKeyDictionary[ExpertArgs, _Call] = WeakKeyDictionary()
 
     @property
     def name(self) -> str:
@@ -148,16 +150,50 @@ class FlashInferKernel:
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) bfloat16; partial sums where the rank is one of several."""
-        entry = entry_point(args.family, type(args.routing))
-        constants = self._constants.get(args.experts)
-        if constants is None:
-            constants = self._constants.setdefault(args.experts, self._constant(args))
+        call = self._calls.get(args.experts)
+        if call is None or call.mode is not type(args.routing):
+            call = self._calls[args.experts] = self._first_call(args)
         arguments = {
-            **constants,
+            **call.constants,
             **routing_arguments(args, self._library, packed=self._packed),
             **tensor_arguments(args, self._library),
         }
-        return self._library.call(entry, self._accepted(entry, arguments))
+        # What changes between calls is values, not names: these were looked up once.
+        for name in call.lacking:
+            value = arguments.pop(name)
+            if value is not None and value is not False:
+                self._check_neutral(call.entry, name, value)
+        for name in call.optional:
+            if arguments[name] is None:
+                del arguments[name]
+        return self._library.call(call.entry, arguments)
+
+    def _first_call(self, args: MoeArgs) -> _Call:
+        """What all calls with these experts have in common."""
+        entry = entry_point(args.family, type(args.routing))
+        parameters = self._library.parameters(entry)
+        constants = self._constant(args)
+        for name in constants.keys() - parameters:
+            self._check_neutral(entry, name, constants.pop(name))
+        varying = {
+            **routing_arguments(args, self._library, packed=self._packed),
+            **tensor_arguments(args, self._library),
+        }
+        return _Call(
+            entry=entry,
+            mode=type(args.routing),
+            # A number that this release has no name for is left to the function's default, which
+            # is the one layout, activation or kind that the release knows.
+            constants={
+                name: value
+                for name, value in constants.items()
+                if not (value is None and name in _SAID_ELSEWHERE)
+            },
+            lacking=tuple(name for name in varying if name not in parameters),
+            optional=tuple(
+                name for name in varying if name in parameters and name in _SAID_ELSEWHERE
+            ),
+        )
 
     def _constant(self, args: MoeArgs) -> Arguments:
         assert self._request is not None, "weights are prepared before the first call"
@@ -173,28 +209,39 @@ class FlashInferKernel:
             arguments["gemm1_clamp_limit"] = limit / scale
         return arguments
 
-    def _accepted(self, entry: str, arguments: Arguments) -> Arguments:
-        """Without the parameters that this release's function lacks.
+    def _check_neutral(self, entry: str, name: str, value: object) -> None:
+        """Refuse to leave out a parameter that says something.
 
         Raises:
-            UnsupportedRouting: one of them says something. `rules` lets no such layer through.
+            UnsupportedRouting: this release's function lacks it. `rules` lets no such layer
+                through.
         """
-        parameters = self._library.parameters(entry)
-        for name in arguments.keys() - parameters:
-            value = arguments[name]
-            if name in _SAID_ELSEWHERE or any(value is neutral for neutral in NEUTRAL):
-                continue
-            raise UnsupportedRouting(
-                f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
-                f"layer needs it to be {value}"
-            )
-        # A number that this release has no name for is left to the function's default, which is
-        # the one layout, activation or kind that the release knows.
-        return {
-            name: value
-            for name, value in arguments.items()
-            if name in parameters and not (value is None and name in _SAID_ELSEWHERE)
-        }
+        if name in _SAID_ELSEWHERE or any(value is neutral for neutral in NEUTRAL):
+            return
+        raise UnsupportedRouting(
+            f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
+            f"layer needs it to be {value}"
+        )
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _Call:
+    """What the calls of one layer have in common.
+
+    Attributes:
+        entry: the entry point.
+        mode: the type of the record's routing, which names the entry point of the two.
+        constants: keywords that no call changes and that the function has.
+        lacking: of the others, those that it lacks.
+        optional: of the others, those that are left to its default where they are None.
+    """
+
+    entry: str
+    mode: type[Routing]
+    constants: Arguments
+    lacking: tuple[str, ...]
+    optional: tuple[str, ...]
 
 
 _SAID_ELSEWHERE = frozenset(
