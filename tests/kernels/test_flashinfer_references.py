@@ -46,7 +46,7 @@ from typed_moe.quantization import (
 
 pytest.importorskip("flashinfer", reason="FlashInfer's references are the oracle here")
 
-from tests.kernels.flashinfer_references import ReferenceLibrary
+from typed_moe.testing._flashinfer_references import ReferenceLibrary
 
 HIDDEN, WIDTH, TOKENS = 256, 128, 24
 ROUNDING = 3e-3

@@ -11,14 +11,10 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16, MxInt4
-from typed_moe.kernels._flashinfer_layouts import uses_shuffled_weight
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
-from typed_moe.kernels._flashinfer_padding import padded_sizes
-from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._flashinfer_padding import padded_intermediate_size
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
-    ExpertArgs,
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
     Fp8PerChannelMoeArgs,
@@ -39,16 +35,18 @@ ROUTED_METHOD = "TopK"
 
 
 def constant_arguments(
-    experts: ExpertArgs,
-    request: KernelRequest,
+    args: MoeArgs,
     library: FlashInferLibrary,
     *,
     tune_max_num_tokens: int,
     enable_pdl: bool | None,
 ) -> Arguments:
-    """What no call changes."""
+    """What no call of a layer changes."""
+    experts = args.experts
+    deepseek = isinstance(args, Fp8BlockMoeArgs) and args.fp8_quantization_type == "DeepSeekFp8"
+    layout = "BlockMajorK" if isinstance(args, Bf16MoeArgs | MxInt4MoeArgs) else "MajorK"
     arguments: Arguments = {
-        "intermediate_size": padded_sizes(request)[1],
+        "intermediate_size": padded_intermediate_size(args),
         "local_expert_offset": experts.local_expert_offset,
         "activation_type": library.number("ActivationType", experts.activation_type),
         "gemm1_alpha": experts.gemm1_alpha,
@@ -56,8 +54,8 @@ def constant_arguments(
         "gemm1_clamp_limit": experts.gemm1_clamp_limit,
         "gemm1_bias": experts.gemm1_bias,
         "gemm2_bias": experts.gemm2_bias,
-        "use_shuffled_weight": uses_shuffled_weight(request.quant),
-        "weight_layout": _weight_layout(request, library),
+        "use_shuffled_weight": not deepseek,
+        "weight_layout": library.number("WeightLayout", layout),
         "do_finalize": True,
         "tune_max_num_tokens": tune_max_num_tokens,
         # 0.5: None lets the launcher choose the tile.
@@ -66,11 +64,6 @@ def constant_arguments(
     if enable_pdl is not None:
         arguments["enable_pdl"] = enable_pdl
     return arguments
-
-
-def _weight_layout(request: KernelRequest, library: FlashInferLibrary) -> int | None:
-    member = "BlockMajorK" if isinstance(request.quant, Bf16 | MxInt4) else "MajorK"
-    return library.number("WeightLayout", member)
 
 
 def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool) -> Arguments:
@@ -149,7 +142,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             return _fp4(args)
         case MxInt4MoeArgs():
             return {
-                "hidden_states": args.hidden_states,
+                "hidden_states": args.hidden_states.contiguous(),
                 "gemm1_weights": args.gemm1_weights,
                 "gemm1_weights_scale": args.gemm1_weights_scale,
                 "gemm2_weights": args.gemm2_weights,
@@ -181,15 +174,20 @@ def _fp4(args: Fp4MoeArgs) -> Arguments:
     scale = args.hidden_states_scale
     return {
         "hidden_states": args.hidden_states.contiguous(),
-        "hidden_states_scale": None if scale is None else scale.view(torch.float8_e4m3fn),
+        "hidden_states_scale": None if scale is None else _e4m3(scale),
         "gemm1_weights": args.gemm1_weights,
-        "gemm1_weights_scale": args.gemm1_weights_scale.view(torch.float8_e4m3fn),
+        "gemm1_weights_scale": _e4m3(args.gemm1_weights_scale),
         "gemm2_weights": args.gemm2_weights,
-        "gemm2_weights_scale": args.gemm2_weights_scale.view(torch.float8_e4m3fn),
+        "gemm2_weights_scale": _e4m3(args.gemm2_weights_scale),
         "output1_scale_scalar": args.output1_scale_scalar,
         "output1_scale_gate_scalar": args.output1_scale_gate_scalar,
         "output2_scale_scalar": args.output2_scale_scalar,
     }
+
+
+def _e4m3(scale: Tensor) -> Tensor:
+    """A view, where it is not that already: making one costs more than looking."""
+    return scale if scale.dtype is torch.float8_e4m3fn else scale.view(torch.float8_e4m3fn)
 
 
 def gate_scale(args: MoeArgs) -> Tensor | None:

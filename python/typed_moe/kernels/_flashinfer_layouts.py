@@ -25,7 +25,6 @@ from torch import Tensor
 
 from typed_moe.config import (
     Bf16,
-    Format,
     Fp8BlockScale,
     Fp8PerChannel,
     Fp8PerTensor,
@@ -84,11 +83,6 @@ def prepare_weights(weights: ExpertWeights, request: KernelRequest) -> ExpertWei
             w2_weight=_in_blocks(weights.w2_weight),
         )
     return replace(weights)
-
-
-def uses_shuffled_weight(fmt: Format) -> bool:
-    """Whether the rows of the format's weights are shuffled; DeepSeek FP8's are not."""
-    return not isinstance(fmt, Fp8BlockScale)
 
 
 def row_order(rows: int, *, gated: bool) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import final
 from weakref import WeakKeyDictionary
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from typed_moe.kernels._flashinfer_arguments import (
 )
 from typed_moe.kernels._flashinfer_layouts import layout_refusal, prepare_weights
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
-from typed_moe.kernels._flashinfer_padding import pad_activations
+from typed_moe.kernels._flashinfer_padding import hidden_size_of, pad_activations
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels.args import (
     ExpertArgs,
@@ -36,6 +37,7 @@ from typed_moe.kernels.args import (
     FromLogits,
     MoeArgs,
     Precomputed,
+    Routing,
     entry_point,
 )
 from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
@@ -70,10 +72,7 @@ class FlashInferKernel:
         self._library = _installed() if library is None else library
         self._tune_max_num_tokens = tune_max_num_tokens
         self._enable_pdl = enable_pdl
-        self._request: KernelRequest | None = None
-        self._packed = False
-        self._padded_from: int | None = None
-        self._constants: WeakKeyDictionary[ExpertArgs, Arguments] = WeakKeyDictionary()
+        self._calls: WeakKeyDictionary[ExpertArgs, _Call] = WeakKeyDictionary()
 
     @property
     def name(self) -> str:
@@ -145,34 +144,67 @@ class FlashInferKernel:
 
     def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
         """The weights in the entry point's layout, in the layer's own storage."""
-        self._request = request
-        rules = self.rules(request)
-        if isinstance(rules, KernelRules) and isinstance(rules.precomputed, PrecomputedRules):
-            self._packed = rules.precomputed.packed
-        self._padded_from = request.hidden_size if request.hidden_size % 128 else None
         return prepare_weights(weights, request)
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) bfloat16; partial sums where the rank is one of several."""
-        entry = entry_point(args.family, type(args.routing))
-        if self._padded_from is not None:
-            args = pad_activations(args, self._padded_from)
-        constants = self._constants.get(args.experts)
-        if constants is None:
-            constants = self._constants.setdefault(args.experts, self._constant(args))
+        call = self._calls.get(args.experts)
+        if call is None or call.mode is not type(args.routing):
+            call = self._calls[args.experts] = self._first_call(args)
+        if call.hidden_size is not None:
+            args = pad_activations(args, call.hidden_size)
         arguments = {
-            **constants,
-            **routing_arguments(args, self._library, packed=self._packed),
+            **call.constants,
+            **routing_arguments(args, self._library, packed=call.packed),
             **tensor_arguments(args, self._library),
         }
-        output = self._library.call(entry, self._accepted(entry, arguments))
-        return output if self._padded_from is None else output[:, : self._padded_from]
+        # What changes between calls is values, not names: these were looked up once.
+        for name in call.lacking:
+            value = arguments.pop(name)
+            if value is not None and value is not False:
+                self._check_neutral(call.entry, name, value)
+        for name in call.optional:
+            if arguments[name] is None:
+                del arguments[name]
+        output = self._library.call(call.entry, arguments)
+        return output if call.hidden_size is None else output[:, : call.hidden_size]
+
+    def _first_call(self, args: MoeArgs) -> _Call:
+        """What all calls with these experts have in common."""
+        entry = entry_point(args.family, type(args.routing))
+        parameters = self._library.parameters(entry)
+        version = parse_version(self._library.version)
+        assert isinstance(version, tuple), "rules refuses what is no release"
+        packed = facts.precomputed_rules(args.family, version).packed
+        constants = self._constant(args)
+        for name in constants.keys() - parameters:
+            self._check_neutral(entry, name, constants.pop(name))
+        varying = {
+            **routing_arguments(args, self._library, packed=packed),
+            **tensor_arguments(args, self._library),
+        }
+        hidden_size = hidden_size_of(args)
+        return _Call(
+            entry=entry,
+            mode=type(args.routing),
+            packed=packed,
+            hidden_size=None if pad_activations(args, hidden_size) is args else hidden_size,
+            # A number that this release has no name for is left to the function's default, which
+            # is the one layout, activation or kind that the release knows.
+            constants={
+                name: value
+                for name, value in constants.items()
+                if not (value is None and name in _SAID_ELSEWHERE)
+            },
+            lacking=tuple(name for name in varying if name not in parameters),
+            optional=tuple(
+                name for name in varying if name in parameters and name in _SAID_ELSEWHERE
+            ),
+        )
 
     def _constant(self, args: MoeArgs) -> Arguments:
-        assert self._request is not None, "weights are prepared before the first call"
         arguments = constant_arguments(
-            args.experts,
-            self._request,
+            args,
             self._library,
             tune_max_num_tokens=self._tune_max_num_tokens,
             enable_pdl=self._enable_pdl,
@@ -182,28 +214,43 @@ class FlashInferKernel:
             arguments["gemm1_clamp_limit"] = limit / scale
         return arguments
 
-    def _accepted(self, entry: str, arguments: Arguments) -> Arguments:
-        """Without the parameters that this release's function lacks.
+    def _check_neutral(self, entry: str, name: str, value: object) -> None:
+        """Refuse to leave out a parameter that says something.
 
         Raises:
-            UnsupportedRouting: one of them says something. `rules` lets no such layer through.
+            UnsupportedRouting: this release's function lacks it. `rules` lets no such layer
+                through.
         """
-        parameters = self._library.parameters(entry)
-        for name in arguments.keys() - parameters:
-            value = arguments[name]
-            if name in _SAID_ELSEWHERE or any(value is neutral for neutral in NEUTRAL):
-                continue
-            raise UnsupportedRouting(
-                f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
-                f"layer needs it to be {value}"
-            )
-        # A number that this release has no name for is left to the function's default, which is
-        # the one layout, activation or kind that the release knows.
-        return {
-            name: value
-            for name, value in arguments.items()
-            if name in parameters and not (value is None and name in _SAID_ELSEWHERE)
-        }
+        if name in _SAID_ELSEWHERE or any(value is neutral for neutral in NEUTRAL):
+            return
+        raise UnsupportedRouting(
+            f"{entry} of flashinfer-python {self._library.version} has no {name}, and the "
+            f"layer needs it to be {value}"
+        )
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _Call:
+    """What the calls of one layer have in common.
+
+    Attributes:
+        entry: the entry point.
+        mode: the type of the record's routing, which names the entry point of the two.
+        packed: precomputed ids and weights go in one word.
+        hidden_size: H, where the kernel is given a wider one; None where it is not.
+        constants: keywords that no call changes and that the function has.
+        lacking: of the others, those that it lacks.
+        optional: of the others, those that are left to its default where they are None.
+    """
+
+    entry: str
+    mode: type[Routing]
+    packed: bool
+    hidden_size: int | None
+    constants: Arguments
+    lacking: tuple[str, ...]
+    optional: tuple[str, ...]
 
 
 _SAID_ELSEWHERE = frozenset(

@@ -94,6 +94,31 @@ def relative_error_bound(fmt: Format, activation: Activation) -> float:
     return math.sqrt(intermediate * product * (1 + _BF16) - 1)
 
 
+def stored_error_bound(fmt: Format) -> float:
+    """Bound on ||y_hat - y|| / ||y|| of a kernel, y in exact arithmetic on the stored operands.
+
+    Weights and input are taken as stored, so their rounding is no part of it. What is left, with
+    e and b as in `relative_error_bound`: the intermediate, rounded to the format by the kernel
+    and by the one who checks it, who may break ties the other way, and four roundings to
+    bfloat16 (intermediate, expert's output, routing weight, sum):
+
+        total^2 = (1 + e_a^2)^2 (1 + b^2)^4 - 1
+
+    Args:
+        fmt: the format of the layer.
+
+    Returns:
+        The bound; 0.1 means ten per cent.
+    """
+    operand = 0.0 if _is_plain(fmt) else _activation_error(fmt)
+    return math.sqrt((1 + operand) ** 2 * (1 + _BF16) ** 4 - 1)
+
+
+def _is_plain(fmt: Format) -> bool:
+    """Whether activations are bfloat16, whose rounding is counted as such."""
+    return isinstance(fmt, Unquantized | Bf16) or fmt == MxFp4(activation="bf16")
+
+
 def _weight_error(fmt: Format) -> float:
     """Mean square relative error of a weight in this format."""
     match fmt:

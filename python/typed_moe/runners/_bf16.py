@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
-from typed_moe.runners._base import expert_args, route
+from typed_moe.runners._base import expert_args, in_dtype, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
 
@@ -33,7 +33,7 @@ class Bf16Runner:
         args = Bf16MoeArgs(
             routing=inputs.routing,
             experts=self._experts,
-            hidden_states=inputs.hidden_states.to(self._w13.dtype),
+            hidden_states=in_dtype(inputs.hidden_states, self._w13.dtype),
             gemm1_weights=self._w13,
             gemm2_weights=self._w2,
         )

@@ -30,6 +30,7 @@ from typed_moe.kernels import (
     Precomputed,
 )
 from typed_moe.routing import InKernel, as_global_ids
+from typed_moe.runners._base import in_dtype
 from typed_moe.runners._planning import Decision
 
 _TENSORS: Mapping[Family, tuple[str, ...]] = MappingProxyType(
@@ -108,7 +109,7 @@ class KernelCall:
         output = self._kernel(args)
         if copies > 1:
             output = output.reshape(-1, copies, output.shape[1]).sum(dim=1)
-        return output.to(dtype)
+        return in_dtype(output, dtype)
 
     def _traced(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         routing = args.routing

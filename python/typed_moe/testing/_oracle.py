@@ -11,7 +11,7 @@ a gated activation and I otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, Protocol, final
 
@@ -239,6 +239,7 @@ class OracleExperts:
         alpha, beta, limit: settings of `swiglu`, and the limit of `swiglu_step`.
         approximate: of `geglu` and `gelu`: `none` or `tanh`.
         w13_bias, w2_bias: per expert (M,) and (H,).
+        round_intermediate: (n, I) float64 to what the second matrix reads of it; None: all of it.
     """
 
     w13: PerExpert
@@ -250,6 +251,7 @@ class OracleExperts:
     approximate: str = "none"
     w13_bias: PerExpert | None = None
     w2_bias: PerExpert | None = None
+    round_intermediate: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor, expert: int) -> Tensor:
         """One expert on its tokens: (n, H) float64 to (n, H) float64."""
@@ -257,6 +259,8 @@ class OracleExperts:
         if self.w13_bias is not None:
             first = first + self.w13_bias[expert].to(torch.float64)
         hidden = self._activate(first)
+        if self.round_intermediate is not None:
+            hidden = self.round_intermediate(hidden)
         second = torch.nn.functional.linear(hidden, self.w2[expert].to(torch.float64))
         if self.w2_bias is not None:
             second = second + self.w2_bias[expert].to(torch.float64)

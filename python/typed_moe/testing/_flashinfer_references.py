@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Protocol, cast, final
 
 import torch
 from flashinfer import fused_moe
@@ -28,11 +28,48 @@ from flashinfer.trace.templates import moe as templates
 from flashinfer.trace.templates.gemm import _unswizzle_batched_sf_128x4
 from torch import Tensor
 
+from typed_moe.config import (
+    Activation,
+    Bf16,
+    Format,
+    Fp8PerTensor,
+    MxFp8,
+    Nvfp4,
+    Swiglu,
+    SwigluStep,
+)
 from typed_moe.kernels._flashinfer import InstalledFlashInfer
 from typed_moe.kernels._flashinfer_library import EnumName
-from typed_moe.routing import Refused
+from typed_moe.routing import Refused, RoutingForm
 
 STEP = 7
+"""SwigluStep in FlashInfer's enum, whose references are other functions."""
+
+_ROUTED = ("Default", "Renormalize", "RenormalizeNaive", "TopK", "DeepSeekV3")
+_FOLLOWED = (Bf16, Fp8PerTensor, MxFp8, Nvfp4)
+
+
+def best_covered(quant: Format) -> Activation:
+    """The activation with which a format's references follow most of a call."""
+    return SwigluStep(limit=1.5) if isinstance(quant, Bf16 | MxFp8 | Nvfp4) else Swiglu()
+
+
+def not_covered(quant: Format, form: RoutingForm, method: str) -> Refused | None:
+    """Why no reference says what a call means, with the activation of `best_covered`."""
+    if form is RoutingForm.PRECOMPUTED:
+        return None
+    if isinstance(quant, Bf16 | Fp8PerTensor):
+        return Refused(f"FlashInfer's reference of {quant.name} from logits does not route")
+    if method not in _ROUTED:
+        return Refused(f"FlashInfer's references route by {', '.join(_ROUTED)} alone")
+    return None
+
+
+def weighs_uniformly(quant: Format, form: RoutingForm, method: str) -> bool:
+    """Whether the reference weighs every slot with 1 / top_k, whatever it is given."""
+    if form is RoutingForm.IN_KERNEL:
+        return method == "TopK"
+    return not isinstance(quant, _FOLLOWED)
 
 
 class _Template(Protocol):
@@ -43,6 +80,7 @@ class _Template(Protocol):
         ...
 
 
+@final
 class ReferenceLibrary:
     """The installed FlashInfer with references for kernels, on any device.
 
@@ -89,7 +127,7 @@ def _template(entry_point: str, arguments: Mapping[str, object]) -> _Template:
 
 def _unshuffle(weight: Tensor, *, gated: bool) -> Tensor:
     """FlashInfer's helper: rows as they were, up before gate."""
-    rows: Tensor = templates._trtllm_unshuffle_weight(  # type: ignore[no-untyped-call]
+    rows: Tensor = templates._trtllm_unshuffle_weight(  # type: ignore[no-untyped-call]  # noqa: SLF001
         weight, gated
     )
     return rows

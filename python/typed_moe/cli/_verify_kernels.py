@@ -1,0 +1,187 @@
+"""The kernels that `typed-moe verify` has to run on a device, and what each can show."""
+
+from __future__ import annotations
+
+import importlib.util
+from enum import Enum
+from typing import Protocol, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.config import Activation, Format, Swiglu
+from typed_moe.kernels import FlashInferKernel, MoeKernel, ReferenceKernel, installed_flashinfer
+from typed_moe.routing import Refused, RoutingForm
+
+
+class Weighing(Enum):
+    """What a kernel does with the routing weights."""
+
+    FOLLOWED = "as told"
+    UNIFORM = "every slot with 1 / top_k"
+
+
+class KernelSource(Protocol):
+    """**Protocol:** makes one kernel for each layer, and knows what that kernel leaves out."""
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+        ...
+
+    @property
+    def rounds_intermediate(self) -> bool:
+        """Whether it rounds between the two matrices as the format does."""
+        ...
+
+    def activation(self, quant: Format) -> Activation:
+        """With which a format is verified."""
+        ...
+
+    def kernel(self) -> MoeKernel:
+        """A new one."""
+        ...
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """What it does with the weights, or why it shows nothing."""
+        ...
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """(T, k) ids and weights that the last call was given, where they are looked at."""
+        ...
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Reference:
+    """The package's float32 kernel."""
+
+    name: str = "reference"
+    rounds_intermediate: bool = True
+
+    def activation(self, quant: Format) -> Activation:
+        """What most models have."""
+        del quant
+        return Swiglu()
+
+    def kernel(self) -> MoeKernel:
+        """It has no state."""
+        return ReferenceKernel()
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """It computes everything."""
+        del quant, form, method
+        return Weighing.FOLLOWED
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """Its output shows them."""
+        return None
+
+
+@final
+class FlashInfer:
+    """FlashInfer's kernels on their own GPUs."""
+
+    rounds_intermediate = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._library = installed_flashinfer(device)
+
+    @property
+    def name(self) -> str:
+        """And the release."""
+        if isinstance(self._library, Refused):
+            return "flashinfer"
+        return f"flashinfer {self._library.version}"
+
+    @property
+    def absent(self) -> Refused | None:
+        """Why there is none."""
+        return self._library if isinstance(self._library, Refused) else None
+
+    def activation(self, quant: Format) -> Activation:
+        """What most models have."""
+        del quant
+        return Swiglu()
+
+    def kernel(self) -> MoeKernel:
+        """One for each layer: it keeps what the layer's calls have in common."""
+        assert not isinstance(self._library, Refused), "an absent library is not asked"
+        return FlashInferKernel(self._library)
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """It computes everything that its rules let through."""
+        del quant, form, method
+        return Weighing.FOLLOWED
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """Its output shows them."""
+        return None
+
+
+@final
+class FlashInferReferences:
+    """FlashInfer's PyTorch references in place of its kernels: the calls, on any machine."""
+
+    rounds_intermediate = False
+
+    def __init__(self) -> None:
+        # It imports flashinfer, which takes seconds and need not be installed.
+        from typed_moe.testing import _flashinfer_references  # noqa: PLC0415
+
+        self._references = _flashinfer_references
+        self._library = _flashinfer_references.ReferenceLibrary()
+
+    @property
+    def name(self) -> str:
+        """And the release."""
+        return f"flashinfer {self._library.version} references"
+
+    def activation(self, quant: Format) -> Activation:
+        """The one whose references follow most."""
+        return self._references.best_covered(quant)
+
+    def kernel(self) -> MoeKernel:
+        """The kernel that FlashInfer's GPUs get, over the references."""
+        self._library.calls.clear()
+        return FlashInferKernel(self._library)
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """What the references leave out."""
+        refused = self._references.not_covered(quant, form, method)
+        if refused is not None:
+            return refused
+        uniform = self._references.weighs_uniformly(quant, form, method)
+        return Weighing.UNIFORM if uniform else Weighing.FOLLOWED
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """From the arguments, because the output does not show the weights."""
+        ids = self._library.calls[-1][1].get("topk_ids")
+        return ids if isinstance(ids, tuple) else None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Found:
+    """The kernels to run, and those that are not there with the reason."""
+
+    sources: tuple[KernelSource, ...]
+    absent: tuple[tuple[str, str], ...] = ()
+
+
+def kernels_of(device: torch.device) -> Found:
+    """What there is for a device.
+
+    On a CUDA device that is real kernels alone: a check of the float32 reference there would
+    say nothing of the device, and hide that nothing else ran.
+    """
+    if device.type == "cuda":
+        fused = FlashInfer(device)
+        if fused.absent is not None:
+            return Found(sources=(), absent=((fused.name, fused.absent.reason),))
+        return Found(sources=(fused,))
+    if importlib.util.find_spec("flashinfer") is None:
+        reason = "not installed; pip install typed-moe[flashinfer] checks the calls to it too"
+        return Found(sources=(Reference(),), absent=(("flashinfer references", reason),))
+    return Found(sources=(Reference(), FlashInferReferences()))
