@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 
 import pytest
-import torch
 from torch import Tensor
 
 from tests.cli.calls import Cli, items, number, part
