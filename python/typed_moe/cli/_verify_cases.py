@@ -14,9 +14,11 @@ from typed_moe.config import (
     Bf16,
     Format,
     Fp8BlockScale,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp4,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Placement,
     Unquantized,
@@ -75,11 +77,13 @@ FORMATS: tuple[Format, ...] = (
     Unquantized(),
     Bf16(),
     Fp8PerTensor(),
+    Fp8PerChannel(),
     Fp8BlockScale(),
     MxFp8(),
     MxFp4(),
     MxFp4(activation="mxfp8"),
     Nvfp4(),
+    MxInt4(),
 )
 """Every format, MXFP4 with both of its activations."""
 

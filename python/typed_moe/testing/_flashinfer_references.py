@@ -32,8 +32,10 @@ from typed_moe.config import (
     Activation,
     Bf16,
     Format,
+    Fp8PerChannel,
     Fp8PerTensor,
     MxFp8,
+    MxInt4,
     Nvfp4,
     Swiglu,
     SwigluStep,
@@ -56,6 +58,14 @@ def best_covered(quant: Format) -> Activation:
 
 def not_covered(quant: Format, form: RoutingForm, method: str) -> Refused | None:
     """Why no reference says what a call means, with the activation of `best_covered`."""
+    if isinstance(quant, Fp8PerChannel):
+        return Refused(f"FlashInfer has no reference of {quant.name}")
+    if isinstance(quant, MxInt4):
+        if form is RoutingForm.IN_KERNEL and method == "Default":
+            return None
+        return Refused(
+            f"FlashInfer's reference of {quant.name} routes from logits, by Default alone"
+        )
     if form is RoutingForm.PRECOMPUTED:
         return None
     if isinstance(quant, Bf16 | Fp8PerTensor):
