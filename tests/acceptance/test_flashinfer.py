@@ -205,7 +205,7 @@ NOT_PASSED = {
     "per_token_scale": "NVFP4 activations have one static scale",
     "valid_hidden_size": "zeros are multiplied like any value",
     "valid_intermediate_size": "as valid_hidden_size",
-    "hidden_states_scale_layout": "linear, which is what None means",
+    "hidden_states_scale_layout": "MXFP4 with bfloat16 activations has no scales there",
     "num_fused_shared_experts": "precomputed: a shared expert is one more expert",
 }
 """Parameters of the newest release that no call uses, and why."""

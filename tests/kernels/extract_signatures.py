@@ -31,6 +31,7 @@ ENUMS = frozenset(
         "GatedActType",
         "RoutingInputMode",
         "RoutingMethodType",
+        "SfLayout",
         "WeightLayout",
     }
 )

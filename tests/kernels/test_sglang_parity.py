@@ -82,6 +82,7 @@ NO_SETTINGS: Values = dict.fromkeys(
 TUNE = "fixed for the layer: a value that follows each call's T profiles again and again"
 OUTPUT = "the kernel allocates; a caller's buffer is not offered yet"
 AUTO_PDL = "left to FlashInfer, which knows the device"
+SAID = "said, since FlashInfer deprecates leaving it out; linear is what it then assumes"
 NO_FACTOR = "None where the method has no factor; the kernel reads it as 1.0"
 OWN_BIAS = "cast to what the grouped kernel rounds it to, and only where the strategy allows it"
 KEPT = "kept as the gate gave them: rounding changes which experts are chosen (sglang#38695)"
@@ -126,7 +127,13 @@ PAIRS = (
         Nvfp4(),
         "trtllm_fp4_block_scale_moe",
         {**DEEPSEEK_ROUTING, **NO_SETTINGS, **PDL, "output": "buffer"},
-        {**COMMON, "output": OUTPUT, "enable_pdl": AUTO_PDL, "routing_bias": OWN_BIAS},
+        {
+            **COMMON,
+            "output": OUTPUT,
+            "enable_pdl": AUTO_PDL,
+            "routing_bias": OWN_BIAS,
+            "hidden_states_scale_layout": SAID,
+        },
         torch.float32,
     ),
     Pair(
@@ -141,7 +148,12 @@ PAIRS = (
             "routed_scaling_factor": None,
             "output": "buffer",
         },
-        {**COMMON, "output": OUTPUT, "enable_pdl": AUTO_PDL},
+        {
+            **COMMON,
+            "output": OUTPUT,
+            "enable_pdl": AUTO_PDL,
+            "hidden_states_scale_layout": SAID,
+        },
     ),
     Pair(
         "qwen3-bf16",
@@ -202,7 +214,12 @@ PAIRS = (
             "gemm2_bias": torch.float32,
             "output": "buffer",
         },
-        {**COMMON, "output": OUTPUT, "enable_pdl": AUTO_PDL},
+        {
+            **COMMON,
+            "output": OUTPUT,
+            "enable_pdl": AUTO_PDL,
+            "hidden_states_scale_layout": SAID,
+        },
     ),
 )
 SAME_BY_SHAPE = {"tune_max_num_tokens": 8, "activation_type": 3}

@@ -305,6 +305,7 @@ ENUMS = {
     "Fp8QuantizationType": FP8_TYPES,
     "WeightLayout": ((ALWAYS, ("MajorK", "MajorMn", "BlockMajorK")),),
     "RoutingInputMode": (("0.6.12", ("FromLogits", "PackedPrecomputed", "UnpackedPrecomputed")),),
+    "SfLayout": (("0.6.7", ("layout_128x4", "layout_8x4", "layout_linear")),),
     # Not in 0.6.3; back, and unused, from 0.6.7.
     "GatedActType": ((ALWAYS, ("SwiGlu", "GeGlu")), ("0.6.3", ()), ("0.6.7", ("SwiGlu", "GeGlu"))),
 }

@@ -25,6 +25,7 @@ _TOPK, _RENORMALIZE_NAIVE = 5, 4  # RoutingMethodType
 _SWIGLU = 3  # ActivationType
 _MAJOR_K, _BLOCK_MAJOR_K = 0, 2  # WeightLayout
 _DEEPSEEK_FP8 = 1  # Fp8QuantizationType
+_LAYOUT_LINEAR = 2  # SfLayout
 
 _ROUTING = RenormalizeNaive()
 _SHAPE = RoutingShape(num_experts=EXPERTS, top_k=TOP_K)
@@ -243,6 +244,7 @@ def _fp4_from_logits(library: Library, weights: Mapping[str, Tensor], scale: Ten
                 "routing_bias": None,
                 "hidden_states": x.data,
                 "hidden_states_scale": x.scale,
+                "hidden_states_scale_layout": _LAYOUT_LINEAR,
                 **weights,
                 "gemm1_bias": None,
                 "gemm1_alpha": None,
@@ -282,6 +284,7 @@ def _fp4_precomputed(library: Library, weights: Mapping[str, Tensor], scale: Ten
                 "routing_bias": None,
                 "hidden_states": x.data,
                 "hidden_states_scale": x.scale,
+                "hidden_states_scale_layout": _LAYOUT_LINEAR,
                 **weights,
                 "gemm1_bias": None,
                 "gemm1_alpha": None,

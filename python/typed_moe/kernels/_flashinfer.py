@@ -15,7 +15,6 @@ from flashinfer.fused_moe import core
 from torch import Tensor
 
 from typed_moe.kernels._flashinfer_library import EnumName
-from typed_moe.kernels.flashinfer_versions import parse_version
 from typed_moe.routing import Refused
 
 
@@ -39,12 +38,12 @@ class InstalledFlashInfer:
     def refuses(self, device: torch.device) -> Refused | None:
         """See `FlashInferLibrary.refuses`."""
         if device.type != "cuda":
-            return Refused(f"runs on SM100, SM103 and SM120 GPUs; this layer is on {device}")
+            return Refused(f"runs on SM100 and SM103 GPUs; this layer is on {device}")
         major, minor = torch.cuda.get_device_capability(device)
-        version = parse_version(self.version)
-        allowed = (10, 12) if isinstance(version, tuple) and version >= (0, 6, 7) else (10,)
-        if major not in allowed:
-            return Refused(f"runs on SM100, SM103 and SM120 GPUs; this one is SM{major}{minor}")
+        # The launchers let SM12x through from 0.6.7 on, but no kernels are compiled for it
+        # (`_TRTLLM_ROUTED_ARCHS` in FlashInfer's fused_moe/api.py, flashinfer#4107).
+        if major != 10:
+            return Refused(f"runs on SM100 and SM103 GPUs; this one is SM{major}{minor}")
         return None
 
     def call(self, entry_point: str, arguments: Mapping[str, object]) -> Tensor:

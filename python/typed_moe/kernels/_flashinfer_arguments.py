@@ -139,7 +139,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
                 ),
             }
         case Fp4MoeArgs():
-            return _fp4(args)
+            return _fp4(args, library)
         case MxInt4MoeArgs():
             return {
                 "hidden_states": args.hidden_states.contiguous(),
@@ -166,7 +166,7 @@ def _per_channel(args: Fp8PerChannelMoeArgs) -> Arguments:
     }
 
 
-def _fp4(args: Fp4MoeArgs) -> Arguments:
+def _fp4(args: Fp4MoeArgs, library: FlashInferLibrary) -> Arguments:
     """Scales go as float8_e4m3fn, the E8M0 bytes of MX formats too.
 
     The launcher asks for that dtype and tells the formats apart by the values per scale.
@@ -175,6 +175,9 @@ def _fp4(args: Fp4MoeArgs) -> Arguments:
     return {
         "hidden_states": args.hidden_states.contiguous(),
         "hidden_states_scale": None if scale is None else _e4m3(scale),
+        "hidden_states_scale_layout": None
+        if scale is None
+        else library.number("SfLayout", "layout_linear"),
         "gemm1_weights": args.gemm1_weights,
         "gemm1_weights_scale": _e4m3(args.gemm1_weights_scale),
         "gemm2_weights": args.gemm2_weights,

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from typed_moe.routing import Refused
 
-EnumName = Literal["RoutingMethodType", "ActivationType", "Fp8QuantizationType", "WeightLayout"]
+EnumName = Literal[
+    "RoutingMethodType", "ActivationType", "Fp8QuantizationType", "WeightLayout", "SfLayout"
+]
 
 
 class FlashInferLibrary(Protocol):

@@ -49,7 +49,7 @@ from typed_moe.routing import KernelRules, MethodRules, PrecomputedRules, Refuse
 class FlashInferKernel:
     """`flashinfer.fused_moe.trtllm_*_moe` and their `_routed` twins, for one layer.
 
-    SM100, SM103 and SM120 GPUs. Output is bfloat16. Routing is by name: numbers are looked up in
+    SM100 and SM103 GPUs. Output is bfloat16. Routing is by name: numbers are looked up in
     the release that is called.
 
     Args:
@@ -259,6 +259,7 @@ _SAID_ELSEWHERE = frozenset(
         "do_finalize",
         "norm_topk_prob",
         "tune_max_num_tokens",
+        "hidden_states_scale_layout",
         # Of other families: their layout, activation and FP8 kind are fixed.
         "use_shuffled_weight",
         "weight_layout",
@@ -325,7 +326,7 @@ def _without(served: Mapping[str, MethodRules], name: str) -> Mapping[str, Metho
 def installed_flashinfer(device: torch.device) -> FlashInferLibrary | Refused:
     """The installed FlashInfer, imported now, or why there is none for this device."""
     if device.type != "cuda":
-        return Refused(f"runs on SM100, SM103 and SM120 GPUs; this layer is on {device}")
+        return Refused(f"runs on SM100 and SM103 GPUs; this layer is on {device}")
     try:
         return _installed()
     except UnsupportedRouting as absent:
