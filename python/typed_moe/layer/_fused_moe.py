@@ -18,19 +18,25 @@ from typed_moe.config import (
     Placement,
     Swiglu,
     Unquantized,
-    check_count,
     is_gated,
-    weight_block,
 )
 from typed_moe.errors import CheckpointError
 from typed_moe.kernels import ExpertWeights, KernelRequest, MoeKernel, ReferenceKernel
 from typed_moe.layer._checkpoint_names import read_names
+from typed_moe.layer._checks import (
+    check_call,
+    check_exchange,
+    check_layer,
+    check_routing,
+    check_shards,
+    ranges,
+)
 from typed_moe.layer._loading import ExpertLoader
 from typed_moe.layer._parameters import (
     ExpertSizes,
+    fields_of,
     is_unloaded,
     parameter_specs,
-    scale_name,
     unloaded,
 )
 from typed_moe.models import CheckpointLayout
@@ -44,8 +50,6 @@ from typed_moe.runners import (
     decide,
     make_runner,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @final
@@ -127,16 +131,16 @@ class FusedMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_strategy(routing)
+        check_routing(routing)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        _check_layer(dtype, hidden_size, intermediate_size, num_fused_shared_experts)
+        check_layer(dtype, hidden_size, intermediate_size, num_fused_shared_experts)
         if num_fused_shared_experts and routing.apply_router_weight_on_input:
             raise ValueError(
                 f"{routing.name} weights the experts' input and num_fused_shared_experts is "
                 f"{num_fused_shared_experts}; allowed: 0, because a shared expert's input has no "
                 "weight. Run the shared experts unfused"
             )
-        _check_exchange(exchange, placement)
+        check_exchange(exchange, placement)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.prefix = prefix
         self._kernel, self._form, self._strict = kernel, routing_form, strict
@@ -184,7 +188,7 @@ class FusedMoE(nn.Module):
         request = self._request
         local = request.placement.num_local_experts(request.shape.num_experts)
         width = request.placement.local_intermediate_size(request.intermediate_size)
-        _check_shards(request, width)
+        check_shards(request, width)
         sizes = ExpertSizes(
             experts=local + request.num_fused_shared_experts,
             first_rows=2 * width if is_gated(request.activation) else width,
@@ -295,8 +299,8 @@ class FusedMoE(nn.Module):
         missing = [expert for expert in wanted if expert not in found.experts]
         if missing:
             raise CheckpointError(
-                f"{self._label()}: experts {_ranges(missing)} are missing; the checkpoint has "
-                f"{_ranges(sorted(found.experts)) or 'none'}"
+                f"{self._label()}: experts {ranges(missing)} are missing; the checkpoint has "
+                f"{ranges(sorted(found.experts)) or 'none'}"
             )
         if self._layout is not None:
             self._layout = None
@@ -380,7 +384,7 @@ class FusedMoE(nn.Module):
 
     def _keep(self, prepared: ExpertWeights) -> None:
         """A kernel's layout in place of the stored one; what comes next has to know."""
-        for name, field in _fields(self._request.quant).items():
+        for name, field in fields_of(self._request.quant).items():
             tensor: Tensor | None = getattr(prepared, field)
             if tensor is not None:
                 self.get_parameter(name).data = tensor.detach()
@@ -505,7 +509,7 @@ class FusedMoE(nn.Module):
     def _weights(self) -> ExpertWeights:
         tensors = {
             field: self._parameters.get(name)
-            for name, field in _fields(self._request.quant).items()
+            for name, field in fields_of(self._request.quant).items()
         }
         w13_weight, w2_weight = tensors.pop("w13_weight"), tensors.pop("w2_weight")
         assert w13_weight is not None, "every format has it"
@@ -513,104 +517,7 @@ class FusedMoE(nn.Module):
         return ExpertWeights(w13_weight=w13_weight, w2_weight=w2_weight, **tensors)
 
     def _check_call(self, hidden_states: Tensor, router_logits: Tensor) -> None:
-        """Refuse tensors that are not the layer's; metadata only."""
-        width = self._request.hidden_size
-        if hidden_states.dim() != 2 or hidden_states.shape[1] != width:
-            raise ValueError(
-                f"{self._label()}: hidden_states has shape {tuple(hidden_states.shape)}; allowed: "
-                f"(num_tokens, hidden_size) = (T, {width})"
-            )
-        if hidden_states.dtype not in _DTYPES:
-            raise TypeError(
-                f"{self._label()}: hidden_states is {hidden_states.dtype}; allowed: float32, "
-                "bfloat16, float16"
-            )
-        expected = (hidden_states.shape[0], self._request.shape.num_experts)
-        if router_logits.shape != expected:
-            raise ValueError(
-                f"{self._label()}: router_logits has shape {tuple(router_logits.shape)} for "
-                f"{expected[0]} tokens; allowed: (num_tokens, num_experts) = {expected}"
-            )
-        devices = {hidden_states.device, router_logits.device, self._request.device}
-        if len(devices) > 1:
-            raise ValueError(
-                f"{self._label()}: hidden_states is on {hidden_states.device}, router_logits on "
-                f"{router_logits.device}, the weights on {self._request.device}; move them to one"
-            )
+        check_call(self._label(), self._request, hidden_states, router_logits)
 
     def _label(self) -> str:
         return f"FusedMoE {self.prefix}" if self.prefix else "FusedMoE"
-
-
-def _fields(quant: Format) -> dict[str, str]:
-    """Parameter name -> field of `ExpertWeights`."""
-    names: dict[str, str] = {}
-    for prefix in ("w13", "w2"):
-        scale = scale_name(prefix, quant)
-        names |= {
-            f"{prefix}_weight": f"{prefix}_weight",
-            f"{prefix}_weight_scale_2": f"{prefix}_scale_2",
-            f"{prefix}_input_scale": f"{prefix}_input_scale",
-            f"{prefix}_weight_bias": f"{prefix}_bias",
-        }
-        if scale is not None:
-            names[scale] = f"{prefix}_scale"
-    return names
-
-
-def _check_strategy(routing: RoutingStrategy) -> None:
-    """Refuse what is no strategy, for callers whom no type checker warned."""
-    members = ("name", "select_experts", "bias", "scale", "check", "in_kernel")
-    missing = [member for member in members if not hasattr(routing, member)]
-    if missing or isinstance(routing, type):
-        got = f"the class {routing.__name__}" if isinstance(routing, type) else repr(routing)
-        raise TypeError(
-            f"routing is {got}; allowed: a RoutingStrategy object such as RenormalizeNaive(), or "
-            "one of a class that inherits from RoutingStrategy. A routing method's number is "
-            "never taken: the same number means different methods in different libraries"
-        )
-
-
-def _check_exchange(exchange: TokenExchange | None, placement: Placement) -> None:
-    """Refuse what is no exchange, or one of other ranks."""
-    if exchange is None:
-        return
-    if isinstance(exchange, type) or not hasattr(exchange, "dispatch"):
-        raise TypeError(
-            f"exchange is {exchange!r}; allowed: a TokenExchange such as AllReduce(group=group), "
-            "where every rank has the same tokens, or AllGatherReduceScatter(group=group), where "
-            "each has its own; or None, and the caller adds the partial sums"
-        )
-    exchange.check(placement)
-
-
-def _check_layer(dtype: torch.dtype, hidden: int, intermediate: int, shared: int) -> None:
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16, torch.float16")
-    for name, value, least in (
-        ("hidden_size", hidden, 1),
-        ("intermediate_size", intermediate, 1),
-        ("num_fused_shared_experts", shared, 0),
-    ):
-        check_count(name, value, least=least)
-
-
-def _check_shards(request: KernelRequest, width: int) -> None:
-    """Refuse a tensor-parallel slice that cuts through a block of the format."""
-    block = max(weight_block(request.quant))
-    if request.placement.tp_size > 1 and width % block:
-        raise ValueError(
-            f"intermediate_size / tp_size is {width}, not a multiple of {block}, the block of "
-            f"{request.quant.name}; choose a smaller tp_size, or expert parallelism"
-        )
-
-
-def _ranges(ids: list[int]) -> str:
-    """`0-3, 7` for [0, 1, 2, 3, 7]."""
-    runs: list[list[int]] = []
-    for number in ids:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

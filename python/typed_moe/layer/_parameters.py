@@ -176,3 +176,19 @@ def scale_name(prefix: str, fmt: Format) -> str | None:
             return f"{prefix}_weight_scale"
         case _:
             assert_never(fmt)
+
+
+def fields_of(quant: Format) -> dict[str, str]:
+    """Parameter name -> field of `ExpertWeights`."""
+    names: dict[str, str] = {}
+    for prefix in ("w13", "w2"):
+        scale = scale_name(prefix, quant)
+        names |= {
+            f"{prefix}_weight": f"{prefix}_weight",
+            f"{prefix}_weight_scale_2": f"{prefix}_scale_2",
+            f"{prefix}_input_scale": f"{prefix}_input_scale",
+            f"{prefix}_weight_bias": f"{prefix}_bias",
+        }
+        if scale is not None:
+            names[scale] = f"{prefix}_scale"
+    return names
