@@ -80,7 +80,7 @@ NO_SETTINGS: Values = dict.fromkeys(
 )
 
 TUNE = "fixed for the layer: a value that follows each call's T profiles again and again"
-OUTPUT = "the kernel allocates; a caller's buffer is not offered yet"
+OUTPUT = "the caller gave none here; FusedMoE(...)(x, logits, output=buffer) passes it"
 AUTO_PDL = "left to FlashInfer, which knows the device"
 SAID = "said, since FlashInfer deprecates leaving it out; linear is what it then assumes"
 NO_FACTOR = "None where the method has no factor; the kernel reads it as 1.0"

@@ -91,6 +91,6 @@ def wrong_calls(group: ProcessGroup) -> None:
     AllReduce(group=group, max_num_tokens=8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     FusedMoE(128, 8, 2048, 768, routing=RenormalizeNaive())  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     experts(hidden_states)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    experts(hidden_states, router_logits, 8)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    experts(hidden_states, router_logits, 8)  # type: ignore[call-arg, arg-type]  # pyright: ignore[reportCallIssue]
     experts(hidden_states, [0.0, 1.0])  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     pair: tuple[Tensor, Tensor] = experts(hidden_states, router_logits)  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]

@@ -91,7 +91,8 @@ def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool
         "routing_bias": None,
         "num_experts": experts.num_experts + shared,
         "local_num_experts": experts.local_num_experts + shared,
-        "top_k": experts.top_k + shared,
+        # Not experts.top_k: the runner may have made a row of each slot, to weight the inputs.
+        "top_k": routing.topk_ids.shape[1],
         "n_group": None,
         "topk_group": None,
         "routed_scaling_factor": None,

@@ -66,6 +66,8 @@ def route(args: FromLogits, top_k: int) -> Precomputed:
         weights = weights * args.routed_scaling_factor
     broken = broken | ~weights.isfinite().all(-1, keepdim=True)
     weights = weights.masked_fill(broken, 0.0)
+    if args.routing_replay_out is not None:
+        args.routing_replay_out[: ids.shape[0]].copy_(ids)
     return Precomputed(topk_ids=as_global_ids(ids.int()), topk_weights=weights)
 
 

@@ -9,6 +9,9 @@ Shapes: T tokens, H hidden size, I intermediate size of this rank, E experts of 
 layer, L experts of this rank (fused shared experts at the end), M = 2I for a gated activation
 and I otherwise, k = top_k.
 
+Every record has `output`: (T, H) bfloat16 for the kernel to write to, or None. A kernel that writes
+there returns that tensor.
+
 Source: `flashinfer.fused_moe` 0.7.2.post1.
 """
 
@@ -40,6 +43,7 @@ class FromLogits:
         routing_method_type: the method by name; never a number here.
         norm_topk_prob: read by SigmoidRenorm alone.
         use_routing_scales_on_input: the weight multiplies the expert's input.
+        routing_replay_out: (T or more, k) int16, where the kernel writes the chosen ids; or None.
     """
 
     routing_logits: Tensor
@@ -50,6 +54,7 @@ class FromLogits:
     routing_method_type: str
     norm_topk_prob: bool = True
     use_routing_scales_on_input: bool = False
+    routing_replay_out: Tensor | None = None
 
 
 @final
@@ -123,6 +128,7 @@ class Bf16MoeArgs:
     hidden_states: Tensor
     gemm1_weights: Tensor
     gemm2_weights: Tensor
+    output: Tensor | None = None
 
 
 @final
@@ -149,6 +155,7 @@ class Fp8PerTensorMoeArgs:
     output1_scales_gate_scalar: Tensor
     gemm2_weights: Tensor
     output2_scales_scalar: Tensor
+    output: Tensor | None = None
 
 
 @final
@@ -182,6 +189,7 @@ class Fp8PerChannelMoeArgs:
     gemm2_weights: Tensor
     gemm2_per_channel_weight_scale: Tensor
     output2_scale_scalar: Tensor
+    output: Tensor | None = None
 
 
 @final
@@ -209,6 +217,7 @@ class Fp8BlockMoeArgs:
     gemm2_weights: Tensor
     gemm2_weights_scale: Tensor
     fp8_quantization_type: Literal["DeepSeekFp8", "MxFp8"]
+    output: Tensor | None = None
 
 
 @final
@@ -242,6 +251,7 @@ class Fp4MoeArgs:
     output1_scale_scalar: Tensor | None
     output1_scale_gate_scalar: Tensor | None
     output2_scale_scalar: Tensor | None
+    output: Tensor | None = None
 
 
 @final
@@ -265,6 +275,7 @@ class MxInt4MoeArgs:
     gemm1_weights_scale: Tensor
     gemm2_weights: Tensor
     gemm2_weights_scale: Tensor
+    output: Tensor | None = None
 
 
 MoeArgs = (

@@ -166,6 +166,15 @@ class FlashInferKernel:
         for name in call.optional:
             if arguments[name] is None:
                 del arguments[name]
+        if args.output is not None and call.writes_output:
+            arguments["output"] = args.output
+        if isinstance(args.routing, FromLogits) and args.routing.routing_replay_out is not None:
+            if not call.writes_replay:
+                raise UnsupportedRouting(
+                    f"{call.entry} of {self.name} does not write routing_replay_out; make the layer "
+                    "with routing_form=RoutingForm.PRECOMPUTED, which writes it before the kernel"
+                )
+            arguments["routing_replay_out"] = args.routing.routing_replay_out
         output = self._library.call(call.entry, arguments)
         return output if call.hidden_size is None else output[:, : call.hidden_size]
 
@@ -189,6 +198,9 @@ class FlashInferKernel:
             mode=type(args.routing),
             packed=packed,
             hidden_size=None if pad_activations(args, hidden_size) is args else hidden_size,
+            writes_output="output" in parameters and pad_activations(args, hidden_size) is args,
+            writes_replay="routing_replay_out" in parameters
+            and version >= facts.REPLAY.get(_method(args), facts.REPLAY_SINCE),
             # A number that this release has no name for is left to the function's default, which
             # is the one layout, activation or kind that the release knows.
             constants={
@@ -239,6 +251,7 @@ class _Call:
         mode: the type of the record's routing, which names the entry point of the two.
         packed: precomputed ids and weights go in one word.
         hidden_size: H, where the kernel is given a wider one; None where it is not.
+        writes_output, writes_replay: it writes to the caller's buffers.
         constants: keywords that no call changes and that the function has.
         lacking: of the others, those that it lacks.
         optional: of the others, those that are left to its default where they are None.
@@ -248,6 +261,8 @@ class _Call:
     mode: type[Routing]
     packed: bool
     hidden_size: int | None
+    writes_output: bool
+    writes_replay: bool
     constants: Arguments
     lacking: tuple[str, ...]
     optional: tuple[str, ...]
@@ -297,6 +312,10 @@ def layer_refusal(request: KernelRequest) -> Refused | None:
             f"top_k {top_k}"
         )
     return layout_refusal(request)
+
+
+def _method(args: MoeArgs) -> str | None:
+    return args.routing.routing_method_type if isinstance(args.routing, FromLogits) else None
 
 
 def _needed(request: KernelRequest) -> tuple[tuple[str, str], ...]:

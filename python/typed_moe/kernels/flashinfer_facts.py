@@ -126,6 +126,10 @@ reads its float32 weights as such from 0.6.16 on (flashinfer#3763). A family tha
 packed words in every release.
 """
 
+REPLAY_SINCE: Version = (0, 6, 13)
+REPLAY: Mapping[str | None, Version] = MappingProxyType({"Llama4": (0, 6, 18)})
+"""Since when `routing_replay_out` is written; before, most kernels leave it as it was (#3382)."""
+
 ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "bf16": frozenset({"Swiglu", "SwigluStep", "Relu2"}),

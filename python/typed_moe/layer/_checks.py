@@ -8,7 +8,7 @@ from torch import Tensor
 from typed_moe.config import Placement, check_count, weight_block
 from typed_moe.kernels import KernelRequest
 from typed_moe.routing import RoutingStrategy
-from typed_moe.runners import TokenExchange
+from typed_moe.runners import CallBuffers, TokenExchange
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +38,38 @@ def check_call(
         raise ValueError(
             f"{label}: hidden_states is on {hidden_states.device}, router_logits on "
             f"{router_logits.device}, the weights on {request.device}; move them to one"
+        )
+
+
+def check_buffers(
+    label: str, request: KernelRequest, hidden_states: Tensor, buffers: CallBuffers
+) -> None:
+    """Refuse buffers that a kernel would write past, or in another dtype."""
+    output, replay = buffers.output, buffers.routing_replay_out
+    if output is not None and (
+        output.shape != hidden_states.shape
+        or output.dtype != hidden_states.dtype
+        or output.device != hidden_states.device
+        or not output.is_contiguous()
+    ):
+        raise ValueError(
+            f"{label}: output is {output.dtype} of shape {tuple(output.shape)} on {output.device}; "
+            f"allowed: contiguous, {hidden_states.dtype} of shape {tuple(hidden_states.shape)} on "
+            f"{hidden_states.device}"
+        )
+    tokens, top_k = hidden_states.shape[0], request.shape.top_k
+    if replay is not None and (
+        replay.dtype is not torch.int16
+        or replay.dim() != 2
+        or replay.shape[0] < tokens
+        or replay.shape[1] != top_k
+        or replay.device != hidden_states.device
+        or not replay.is_contiguous()
+    ):
+        raise ValueError(
+            f"{label}: routing_replay_out is {replay.dtype} of shape {tuple(replay.shape)} on "
+            f"{replay.device}; allowed: contiguous, torch.int16 of shape ({tokens} or more, {top_k}) "
+            f"on {hidden_states.device}"
         )
 
 

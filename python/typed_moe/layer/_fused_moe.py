@@ -24,6 +24,7 @@ from typed_moe.errors import CheckpointError
 from typed_moe.kernels import ExpertWeights, KernelRequest, MoeKernel, ReferenceKernel
 from typed_moe.layer._checkpoint_names import read_names
 from typed_moe.layer._checks import (
+    check_buffers,
     check_call,
     check_exchange,
     check_layer,
@@ -43,6 +44,8 @@ from typed_moe.models import CheckpointLayout
 from typed_moe.quantization import calibration_scale
 from typed_moe.routing import BiasRule, RoutingForm, RoutingShape, RoutingStrategy
 from typed_moe.runners import (
+    NO_BUFFERS,
+    CallBuffers,
     EpMoeRunner,
     MoeRunner,
     Plan,
@@ -212,12 +215,23 @@ class FusedMoE(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     @override
-    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *,
+        output: Tensor | None = None,
+        routing_replay_out: Tensor | None = None,
+    ) -> Tensor:
         """The routed experts' output.
 
         Args:
             hidden_states: (T, H) floating point; T may be 0.
             router_logits: (T, E) floating point, as the model's gate gives them.
+            output: (T, H) in the dtype of `hidden_states`, contiguous: where the result goes. The
+                kernel writes there itself where it can.
+            routing_replay_out: (T or more, k) int16, contiguous: where the global ids of each
+                token's experts go, into the first T rows.
 
         Returns:
             (T, H) in the dtype of `hidden_states`. Under tensor or expert parallelism a partial
@@ -227,18 +241,30 @@ class FusedMoE(nn.Module):
             ValueError: a tensor's shape or device is not the layer's, or a weight or bias was
                 never loaded (looked at before the first call).
             TypeError: a dtype that the strategy or the layer refuses.
+            UnsupportedRouting: routing_replay_out is given to a kernel that does not write it.
         """
         self._check_call(hidden_states, router_logits)
+        buffers = NO_BUFFERS
+        if output is not None or routing_replay_out is not None:
+            buffers = CallBuffers(output=output, routing_replay_out=routing_replay_out)
+            check_buffers(self._label(), self._request, hidden_states, buffers)
         runner = self._runner if self._runner is not None else self.prepare_weights()
         # With an exchange a rank without tokens still has its experts' part for the others to do.
         if hidden_states.shape[0] == 0 and self._exchange is None:
-            return torch.empty_like(hidden_states)
-        return runner(hidden_states, router_logits, self.e_score_correction_bias)
+            return torch.empty_like(hidden_states) if output is None else output
+        return runner(hidden_states, router_logits, self.e_score_correction_bias, buffers)
 
     if TYPE_CHECKING:
 
         @override
-        def __call__(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor: ...
+        def __call__(
+            self,
+            hidden_states: Tensor,
+            router_logits: Tensor,
+            *,
+            output: Tensor | None = None,
+            routing_replay_out: Tensor | None = None,
+        ) -> Tensor: ...
 
     def load_weights(
         self,

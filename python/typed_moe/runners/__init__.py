@@ -16,7 +16,7 @@ from typed_moe.config import (
     Unquantized,
 )
 from typed_moe.kernels import ExpertWeights
-from typed_moe.runners._base import MoeRunner
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, MoeRunner
 from typed_moe.runners._bf16 import Bf16Runner
 from typed_moe.runners._ep import Dispatched, EpMoeRunner, TokenExchange
 from typed_moe.runners._exchanges import AllGatherReduceScatter, AllReduce
@@ -29,9 +29,11 @@ from typed_moe.runners._plan import Candidate, Plan
 from typed_moe.runners._planning import Decision, decide
 
 __all__ = [
+    "NO_BUFFERS",
     "AllGatherReduceScatter",
     "AllReduce",
     "Bf16Runner",
+    "CallBuffers",
     "Candidate",
     "Decision",
     "Dispatched",

@@ -21,6 +21,24 @@ from typed_moe.routing import Routed, as_global_ids, check_inputs, check_routed
 from typed_moe.runners._planning import Decision
 
 
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CallBuffers:
+    """Tensors of the caller's that a call writes to.
+
+    Attributes:
+        output: (T, H) in the dtype of `hidden_states`: the result, which is then this tensor.
+        routing_replay_out: (T or more, k) int16, contiguous: the global ids of each token's
+            experts; fused shared experts are not among them.
+    """
+
+    output: Tensor | None = None
+    routing_replay_out: Tensor | None = None
+
+
+NO_BUFFERS = CallBuffers()
+
+
 class MoeRunner(Protocol):
     """**Protocol:** a strategy and prepared weights; a call is one argument record, one launch.
 
@@ -33,6 +51,7 @@ class MoeRunner(Protocol):
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
         """(T, H) in the dtype of `hidden_states`; a partial sum if the rank is one of several."""
         ...
@@ -59,6 +78,7 @@ def route(
     hidden_states: Tensor,
     router_logits: Tensor,
     e_score_correction_bias: Tensor | None,
+    buffers: CallBuffers,
 ) -> CallInputs:
     """The routing half of a call, in the form that the plan decided."""
     plan = decision.plan
@@ -86,6 +106,7 @@ def route(
             routing_method_type=told.routing_method_type,
             norm_topk_prob=told.norm_topk_prob,
             use_routing_scales_on_input=told.use_routing_scales_on_input,
+            routing_replay_out=buffers.routing_replay_out,
         )
         return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)
     routed = plan.strategy.select_experts(
@@ -94,6 +115,8 @@ def route(
     check_routed(
         plan.strategy.name, routed, num_tokens=router_logits.shape[0], shape=plan.request.shape
     )
+    if buffers.routing_replay_out is not None:
+        buffers.routing_replay_out[: router_logits.shape[0]].copy_(routed.topk_ids)
     return _precomputed(decision, routed, hidden_states)
 
 

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
-from typed_moe.runners._base import expert_args, in_dtype, route
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, in_dtype, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
 
@@ -27,11 +27,15 @@ class Bf16Runner:
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        inputs = route(
+            self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
+        )
         args = Bf16MoeArgs(
             routing=inputs.routing,
+            output=buffers.output,
             experts=self._experts,
             hidden_states=in_dtype(inputs.hidden_states, self._w13.dtype),
             gemm1_weights=self._w13,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal, Protocol, assert_never, cast, final, get_args
 from weakref import WeakValueDictionary
@@ -106,6 +107,15 @@ class KernelCall:
         """(T, H) in `dtype`, the `copies` rows of one token added up."""
         if torch.compiler.is_compiling():
             return self._traced(args, copies, dtype)
+        if copies > 1 and args.output is not None:
+            # The kernel's rows are not the caller's: they are added up first.
+            return args.output.copy_(self._summed(replace(args, output=None), copies, dtype))
+        output = self._summed(args, copies, dtype)
+        if args.output is None or output is args.output:
+            return output
+        return args.output.copy_(output)
+
+    def _summed(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         output = self._kernel(args)
         if copies > 1:
             output = output.reshape(-1, copies, output.shape[1]).sum(dim=1)
@@ -113,6 +123,13 @@ class KernelCall:
 
     def _traced(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         routing = args.routing
+        if args.output is not None or (
+            isinstance(routing, FromLogits) and routing.routing_replay_out is not None
+        ):
+            raise ValueError(
+                "output and routing_replay_out are not written to under torch.compile; leave them "
+                "out there"
+            )
         if isinstance(routing, FromLogits):
             first, second = routing.routing_logits, routing.routing_bias
         else:

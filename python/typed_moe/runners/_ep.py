@@ -7,7 +7,7 @@ from typing import Protocol, final
 from torch import Tensor
 
 from typed_moe.config import Placement
-from typed_moe.runners._base import MoeRunner
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, MoeRunner
 
 
 class Dispatched(Protocol):
@@ -86,8 +86,18 @@ class EpMoeRunner:
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
-        """(T, H) in the dtype of `hidden_states`: the whole sum, of this rank's tokens."""
+        """(T, H) in the dtype of `hidden_states`: the whole sum, of this rank's tokens.
+
+        Raises:
+            ValueError: buffers are given: what a rank computes is not its own tokens' result.
+        """
+        if buffers is not NO_BUFFERS:
+            raise ValueError(
+                "output and routing_replay_out are of this rank's kernel, and with an exchange "
+                "that is given other tokens; leave them out"
+            )
         dispatched = self._exchange.dispatch(hidden_states, router_logits)
         x = dispatched.hidden_states
         # No tokens, no launch; but the sum is the ranks' common work, and this one's in it.

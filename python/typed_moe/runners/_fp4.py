@@ -9,7 +9,7 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
@@ -35,13 +35,17 @@ class Fp4Runner:
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        inputs = route(
+            self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
+        )
         x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
         scales = self._scales
         args = Fp4MoeArgs(
             routing=inputs.routing,
+            output=buffers.output,
             experts=self._experts,
             hidden_states=x.data,
             hidden_states_scale=x.scale,

@@ -9,7 +9,7 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
@@ -39,12 +39,16 @@ class Fp8PerTensorRunner:
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        inputs = route(
+            self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
+        )
         x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
         args = Fp8PerTensorMoeArgs(
             routing=inputs.routing,
+            output=buffers.output,
             experts=self._experts,
             hidden_states=x.data,
             gemm1_weights=self._w13,

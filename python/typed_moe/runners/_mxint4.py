@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.kernels import ExpertWeights, MxInt4MoeArgs
-from typed_moe.runners._base import expert_args, present, route
+from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
 
@@ -30,11 +30,15 @@ class MxInt4Runner:
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
+        buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
         """See `MoeRunner`."""
-        inputs = route(self._decision, hidden_states, router_logits, e_score_correction_bias)
+        inputs = route(
+            self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
+        )
         args = MxInt4MoeArgs(
             routing=inputs.routing,
+            output=buffers.output,
             experts=self._experts,
             hidden_states=inputs.hidden_states.to(torch.bfloat16),
             gemm1_weights=self._w13,
