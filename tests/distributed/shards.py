@@ -89,18 +89,29 @@ def _checkpoint(layer: FusedMoE) -> list[tuple[str, Tensor]]:
             stored = parameter.data if parameter.dim() == 0 else parameter.data[expert]
             parts = {"down_proj": stored}
             if matrix == "w13":
-                halves = stored.chunk(2) if stored.dim() == 2 else (stored, stored)
+                halves = stored.chunk(2) if stored.dim() else (stored, stored)
                 parts = {"gate_proj": halves[0], "up_proj": halves[1]}
             for part, value in parts.items():
                 named.append((f"{expert}.{part}.{kind}", value))
     return named
 
 
+OWN_SCALES: Final = 0.06
+"""For FP8 per channel under tensor parallelism: a rank scales its own slice of a token between the
+matrices, as every engine does, so each value there is rounded twice, E4M3's 0.036 each, in two ways."""
+
+
+def rows_of(name: str, tp_size: int) -> Rows:
+    """What the sum of a format's shards is held to."""
+    return Rows(allowed=OWN_SCALES if name == "fp8_per_channel" and tp_size > 1 else None)
+
+
 @final
 @attrs.define
 class Rows:
-    """Counts rows by how far they are off."""
+    """Counts rows by how far they are off; `allowed` is for all of them, instead of a few."""
 
+    allowed: float | None = None
     seen: int = 0
     off: int = 0
     worst: float = 0.0
@@ -118,5 +129,8 @@ class Rows:
 
     def check(self) -> None:
         """Within summation order, but for a few values on a rounding border."""
+        if self.allowed is not None:
+            assert self.worst < self.allowed, self
+            return
         assert self.off <= FLIPS, self
         assert self.worst < FLIPPED, self

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from tests.distributed.ranks import LOOPBACK, Ranks
-from tests.distributed.shards import NAMES, Rows, expected, shard, tokens, whole
+from tests.distributed.shards import NAMES, expected, rows_of, shard, tokens, whole
 from tests.layer.build import Build, random_experts, relative_error
 from typed_moe import (
     AllGatherReduceScatter,
@@ -90,7 +90,7 @@ def _replicated(group: ProcessGroup, case: str) -> None:
     """Every rank has all tokens, and gets the whole sum."""
     name, tp_size = case.split(",")
     layer = shard(name, _place(group, int(tp_size)), AllReduce(group=group))
-    rows = Rows()
+    rows = rows_of(name, int(tp_size))
     for count in (1, 8, 32, 256, 0):
         rows.add(layer(*tokens(count)), expected(name, count))
     rows.check()
@@ -101,7 +101,7 @@ def _gathered(group: ProcessGroup, case: str) -> None:
     name, tp_size, most = case.split(",")
     exchange = AllGatherReduceScatter(group=group, max_num_tokens=int(most) or None)
     layer = shard(name, _place(group, int(tp_size)), exchange)
-    rows = Rows()
+    rows = rows_of(name, int(tp_size))
     for counts in COUNTS:
         mine, x, logits = _mine(group, counts)
         rows.add(layer(x, logits), expected(name, sum(counts[: group.size()]))[mine])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.shards import NAMES, Rows, expected, shard, tokens
+from tests.distributed.shards import NAMES, Rows, expected, rows_of, shard, tokens
 from typed_moe import Placement
 
 formats = pytest.mark.parametrize("name", NAMES)
@@ -33,7 +33,7 @@ def test_acceptance_46_shards_of_every_format_add_up(name: str, ranks: int) -> N
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_tensor_parallel_shards_of_every_format_add_up(name: str, ep_size: int) -> None:
     """TP 2, by itself and within EP 2 and 4."""
-    rows = Rows()
+    rows = rows_of(name, 2)
     for count in (1, 8, 32, 256):
         x, logits = tokens(count)
         parts = [
