@@ -89,7 +89,7 @@ def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool
     return {
         "topk_ids": _packed(routing) if packed else (routing.topk_ids, routing.topk_weights),
         "routing_bias": None,
-        "num_experts": experts.num_experts + shared,
+        "num_experts": _told_experts(args, experts.num_experts + shared),
         "local_num_experts": experts.local_num_experts + shared,
         # Not experts.top_k: the runner may have made a row of each slot, to weight the inputs.
         "top_k": routing.topk_ids.shape[1],
@@ -99,6 +99,11 @@ def routing_arguments(args: MoeArgs, library: FlashInferLibrary, *, packed: bool
         "routing_method_type": library.number("RoutingMethodType", ROUTED_METHOD),
         "use_routing_scales_on_input": False,
     }
+
+
+def _told_experts(args: MoeArgs, count: int) -> int:
+    """FP8 blocks are served for a multiple of 4 experts: the last ids are then nobody's."""
+    return -(-count // 4) * 4 if isinstance(args, Fp8BlockMoeArgs) else count
 
 
 def _packed(routing: Precomputed) -> Tensor:
@@ -118,7 +123,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             }
         case Fp8PerTensorMoeArgs():
             return {
-                "hidden_states": args.hidden_states,
+                "hidden_states": args.hidden_states.contiguous(),
                 "gemm1_weights": args.gemm1_weights,
                 "output1_scales_scalar": args.output1_scales_scalar,
                 "output1_scales_gate_scalar": args.output1_scales_gate_scalar,
@@ -129,7 +134,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
             return _per_channel(args)
         case Fp8BlockMoeArgs():
             return {
-                "hidden_states": args.hidden_states,
+                "hidden_states": args.hidden_states.contiguous(),
                 "hidden_states_scale": args.hidden_states_scale.contiguous(),
                 "gemm1_weights": args.gemm1_weights,
                 "gemm1_weights_scale": args.gemm1_weights_scale,
@@ -155,7 +160,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
 
 def _per_channel(args: Fp8PerChannelMoeArgs) -> Arguments:
     return {
-        "hidden_states": args.hidden_states,
+        "hidden_states": args.hidden_states.contiguous(),
         "hidden_states_scale": args.hidden_states_scale.contiguous(),
         "gemm1_weights": args.gemm1_weights,
         "gemm1_per_channel_weight_scale": args.gemm1_per_channel_weight_scale,
@@ -192,16 +197,3 @@ def _fp4(args: Fp4MoeArgs, library: FlashInferLibrary) -> Arguments:
 def _e4m3(scale: Tensor) -> Tensor:
     """A view, where it is not that already: making one costs more than looking."""
     return scale if scale.dtype is torch.float8_e4m3fn else scale.view(torch.float8_e4m3fn)
-
-
-def gate_scale(args: MoeArgs) -> Tensor | None:
-    """(L,) the factor that the epilogue puts on the gate, where the format has one."""
-    match args:
-        case Fp8PerTensorMoeArgs():
-            return args.output1_scales_gate_scalar
-        case Fp8PerChannelMoeArgs() | Fp4MoeArgs():
-            return args.output1_scale_gate_scalar
-        case Bf16MoeArgs() | Fp8BlockMoeArgs() | MxInt4MoeArgs():
-            return None
-        case _:
-            assert_never(args)

@@ -91,6 +91,8 @@ class ExpertArgs:
         num_fused_shared_experts: experts E, E + 1, ... that every token goes to with weight 1.
         gemm1_alpha, gemm1_beta, gemm1_clamp_limit: (L,) float32 settings of Swiglu, and the
             limit of SwigluStep; None where the activation's plain form is meant.
+        gemm1_raw_clamp_limit: (L,) float32, gemm1_clamp_limit over the gate's output scale, for
+            kernels that clamp before they scale; None where the format has no such scale.
         gemm1_bias: (L, M) float32, or None.
         gemm2_bias: (L, H) float32, or None.
     """
@@ -105,6 +107,7 @@ class ExpertArgs:
     gemm1_alpha: Tensor | None = None
     gemm1_beta: Tensor | None = None
     gemm1_clamp_limit: Tensor | None = None
+    gemm1_raw_clamp_limit: Tensor | None = None
     gemm1_bias: Tensor | None = None
     gemm2_bias: Tensor | None = None
 

@@ -6,6 +6,7 @@ This module does not import flashinfer: it is given a `FlashInferLibrary`, and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import final
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import attrs
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.config import Swiglu, SwigluStep
 from typed_moe.errors import UnsupportedRouting
@@ -23,7 +25,6 @@ from typed_moe.kernels._flashinfer_arguments import (
     ROUTED_METHOD,
     Arguments,
     constant_arguments,
-    gate_scale,
     routing_arguments,
     tensor_arguments,
 )
@@ -43,6 +44,8 @@ from typed_moe.kernels.args import (
 from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import KernelRules, MethodRules, PrecomputedRules, Refused
+
+_DIST_AWARE = "FLASHINFER_DIST_AWARE_AUTOTUNE"
 
 
 @final
@@ -73,6 +76,16 @@ class FlashInferKernel:
         self._tune_max_num_tokens = tune_max_num_tokens
         self._enable_pdl = enable_pdl
         self._calls: WeakKeyDictionary[ExpertArgs, _Call] = WeakKeyDictionary()
+
+    @override
+    def __getstate__(self) -> dict[str, object]:
+        """Without what was looked up for other records than a copy's."""
+        return {**self.__dict__, "_calls": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """As made, with nothing looked up."""
+        self.__dict__.update(state)
+        self._calls = WeakKeyDictionary()
 
     @property
     def name(self) -> str:
@@ -138,6 +151,11 @@ class FlashInferKernel:
         name = activation_arguments(request.activation)[0]
         if name != "Swiglu" and self._library.number("ActivationType", name) is None:
             return Refused(f"{release} has no activation {name}")
+        if "routing_logits" not in parameters and _drops_settings(request):
+            return Refused(
+                f"with {_DIST_AWARE}=1 {entry} leaves out alpha, beta and the limit of "
+                f"{request.activation} (run_deepseek_da_body); unset it"
+            )
         if request.num_fused_shared_experts and "routing_logits" in parameters:
             return Refused(f"{entry} with fused shared experts is not used; ids are given to it")
         return None
@@ -166,7 +184,7 @@ class FlashInferKernel:
         for name in call.optional:
             if arguments[name] is None:
                 del arguments[name]
-        if args.output is not None and call.writes_output:
+        if args.output is not None and call.writes_output and args.output.dtype is torch.bfloat16:
             arguments["output"] = args.output
         if isinstance(args.routing, FromLogits) and args.routing.routing_replay_out is not None:
             if not call.writes_replay:
@@ -221,9 +239,8 @@ class FlashInferKernel:
             tune_max_num_tokens=self._tune_max_num_tokens,
             enable_pdl=self._enable_pdl,
         )
-        limit, scale = args.experts.gemm1_clamp_limit, gate_scale(args)
-        if limit is not None and scale is not None:
-            arguments["gemm1_clamp_limit"] = limit / scale
+        if args.experts.gemm1_raw_clamp_limit is not None:
+            arguments["gemm1_clamp_limit"] = args.experts.gemm1_raw_clamp_limit
         return arguments
 
     def _check_neutral(self, entry: str, name: str, value: object) -> None:
@@ -312,6 +329,15 @@ def layer_refusal(request: KernelRequest) -> Refused | None:
             f"top_k {top_k}"
         )
     return layout_refusal(request)
+
+
+def _drops_settings(request: KernelRequest) -> bool:
+    """Whether a tactic family that is off by default would run FP8 blocks as plain Swiglu."""
+    return (
+        request.quant.name == "fp8_block"
+        and request.activation != Swiglu()
+        and os.environ.get(_DIST_AWARE, "0") == "1"
+    )
 
 
 def _method(args: MoeArgs) -> str | None:

@@ -54,6 +54,8 @@ from typed_moe.runners import (
     make_runner,
 )
 
+_UNFINISHED = "an unfinished preparation"
+
 
 @final
 class FusedMoE(nn.Module):
@@ -144,7 +146,8 @@ class FusedMoE(nn.Module):
                 "weight. Run the shared experts unfused"
             )
         check_exchange(exchange, placement)
-        device = torch.get_default_device() if device is None else torch.device(device)
+        # With its index: a tensor made on "cuda" says "cuda:0", and the two compare unequal.
+        device = torch.empty(0, device=device).device
         self.prefix = prefix
         self._kernel, self._form, self._strict = kernel, routing_form, strict
         self._exchange = exchange
@@ -162,6 +165,7 @@ class FusedMoE(nn.Module):
         )
         self._strategy = routing
         self._layout: str | None = None
+        self._borrowed = False
         self._decide()
         self._make_parameters()
         self._make_correction_bias()
@@ -248,7 +252,14 @@ class FusedMoE(nn.Module):
         if output is not None or routing_replay_out is not None:
             buffers = CallBuffers(output=output, routing_replay_out=routing_replay_out)
             check_buffers(self._label(), self._request, hidden_states, buffers)
-        runner = self._runner if self._runner is not None else self.prepare_weights()
+        runner = self._runner
+        if runner is None:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "call prepare_weights() before torch.compile: looking at the weights waits for "
+                    "the device, which a graph cannot"
+                )
+            runner = self.prepare_weights()
         # With an exchange a rank without tokens still has its experts' part for the others to do.
         if hidden_states.shape[0] == 0 and self._exchange is None:
             return torch.empty_like(hidden_states) if output is None else output
@@ -387,9 +398,9 @@ class FusedMoE(nn.Module):
         """Look at the weights, and give them to the kernel in its own layout.
 
         Called before the first forward pass; call it earlier to have the time spent at
-        loading. What no call changes is computed here, so after writing into a parameter by
-        hand call it again. `load_weights`, `load_state_dict`, `calibrate` and moving the layer
-        need no such call.
+        loading, and before torch.compile. What no call changes is computed here. From then on
+        the parameters are the kernel's: new weights go in by `load_weights`, not by writing
+        into a parameter.
 
         Returns:
             The runner that the forward passes use.
@@ -397,16 +408,28 @@ class FusedMoE(nn.Module):
         Raises:
             ValueError: as `validate_weights`.
         """
+        if self._layout == _UNFINISHED:
+            self._refuse_layout("that failed, so that some experts have it and some have not")
         self.validate_weights()
-        weights = self._weights()
-        if self._layout is None:
-            prepared = self._decision.kernel.prepare(weights, self._request)
-            if prepared is not weights:
-                self._keep(prepared)
-            weights = prepared
+        weights = self._prepared() if self._layout is None else self._weights()
         runner = make_runner(self._decision, weights)
         self._runner = runner if self._exchange is None else EpMoeRunner(runner, self._exchange)
         return self._runner
+
+    def _prepared(self) -> ExpertWeights:
+        """The kernel's layout of the weights, kept in place of the stored one."""
+        if self._borrowed:
+            # Of a state dict that was assigned: the caller's, who may load it again.
+            for parameter in self.parameters():
+                parameter.data = parameter.data.clone()
+            self._borrowed = False
+        weights = self._weights()
+        self._layout = _UNFINISHED
+        prepared = self._decision.kernel.prepare(weights, self._request)
+        self._layout = None
+        if prepared is not weights:
+            self._keep(prepared)
+        return prepared
 
     def _keep(self, prepared: ExpertWeights) -> None:
         """A kernel's layout in place of the stored one; what comes next has to know."""
@@ -419,8 +442,8 @@ class FusedMoE(nn.Module):
     def _refuse_layout(self, what: str) -> None:
         if self._layout is not None:
             raise ValueError(
-                f"{self._label()}: the weights are in the layout of {self._layout} since the first "
-                f"call, and {what}; load them again with load_weights, or do it before the first "
+                f"{self._label()}: the weights are in the layout of {self._layout} since before the "
+                f"first call, and {what}; load them again with load_weights, or do it before the first "
                 "call"
             )
 
@@ -462,8 +485,12 @@ class FusedMoE(nn.Module):
         weights.w13_input_scale.data.copy_(calibration_scale(amax, quant))
         weights.w2_input_scale.data.fill_(1.0)
         runner = make_runner(decision, weights)
-        runner(hidden_states, router_logits, self.e_score_correction_bias)
-        widest = torch.stack(seen).max() if seen else torch.zeros(())
+        try:
+            runner(hidden_states, router_logits, self.e_score_correction_bias)
+        except Exception:
+            weights.w2_input_scale.data.fill_(torch.nan)
+            raise
+        widest = torch.stack(seen).max() if seen else torch.zeros((), dtype=torch.float32)
         weights.w2_input_scale.data.copy_(calibration_scale(widest, quant))
         self._runner = None
 
@@ -477,8 +504,15 @@ class FusedMoE(nn.Module):
         )
 
     @override
+    def __getstate__(self) -> dict[str, object]:
+        """Without the runner, which a copy makes anew for its own tensors."""
+        return {**self.__dict__, "_runner": None}
+
+    @override
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter, also one that is assigned; the next call makes its runner anew."""
+        if getattr(self, "_layout", None) is not None:
+            self._refuse_layout("a parameter that is assigned is as stored")
         super().register_parameter(name, param)
         self._runner = None
 
@@ -495,6 +529,9 @@ class FusedMoE(nn.Module):
         if bias is not None and self.e_score_correction_bias is not None:
             # torch copies into the buffer that is there, and would round to its dtype.
             self.e_score_correction_bias = self.e_score_correction_bias.to(bias.dtype)
+        metadata = args[0] if args else None
+        if isinstance(metadata, Mapping) and metadata.get("assign_to_params_buffers"):
+            self._borrowed = True
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._runner = None
 

@@ -158,11 +158,20 @@ def is_unloaded(name: str, tensor: Tensor) -> bool:
 
     Synchronises with the host.
     """
+    if tensor.dtype is torch.uint8 and not name.endswith("_scale"):
+        return False
+    # Expert by expert: the masks of a whole stack would be larger than the stack.
+    experts = tensor.unbind(0) if tensor.dim() > 1 else (tensor,)
+    return bool(torch.stack([_holds_nan(expert) for expert in experts]).any())
+
+
+def _holds_nan(tensor: Tensor) -> Tensor:
+    """() bool, on the tensor's device."""
     if tensor.dtype is torch.uint8:
-        return name.endswith("_scale") and bool((tensor == 255).any())
+        return (tensor == 255).any()
     if tensor.dtype is torch.float8_e4m3fn:
-        return bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return not bool(tensor.isfinite().all())
+        return ((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()
+    return ~tensor.isfinite().all()
 
 
 def scale_name(prefix: str, fmt: Format) -> str | None:

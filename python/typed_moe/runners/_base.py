@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
@@ -173,6 +173,14 @@ def expert_args(decision: Decision, weights: ExpertWeights) -> ExpertArgs:
         gemm1_bias=weights.w13_bias,
         gemm2_bias=weights.w2_bias,
     )
+
+
+def with_raw_limit(experts: ExpertArgs, gate: Tensor | None) -> ExpertArgs:
+    """The arguments with the clamp's limit in units of the gate's output scale (L,), if any."""
+    limit = experts.gemm1_clamp_limit
+    if limit is None or gate is None:
+        return experts
+    return replace(experts, gemm1_raw_clamp_limit=limit / gate)
 
 
 def present(tensor: Tensor | None, name: str) -> Tensor:

@@ -221,7 +221,8 @@ def _operator(family: Family) -> _Operator:
     ) -> Tensor:
         del hidden_size
         call = _calls[handle]
-        return call(call.record(family, first, second, tensors), copies, dtype)
+        # As the shape below says: a kernel with padded widths gives a part of a wider tensor.
+        return call(call.record(family, first, second, tensors), copies, dtype).contiguous()
 
     def shape(
         first: Tensor,

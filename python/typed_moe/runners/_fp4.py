@@ -9,7 +9,14 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
+from typed_moe.runners._base import (
+    NO_BUFFERS,
+    CallBuffers,
+    expert_args,
+    present,
+    route,
+    with_raw_limit,
+)
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
@@ -22,13 +29,14 @@ class Fp4Runner:
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
         self._quant = decision.plan.request.quant
-        self._experts = expert_args(decision, weights)
+        self._scales = _scales(decision, weights)
+        gate = None if self._scales is None else self._scales.gate
+        self._experts = with_raw_limit(expert_args(decision, weights), gate)
         self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
         self._input_scale = weights.w13_input_scale
-        self._scales = _scales(decision, weights)
 
     def __call__(
         self,

@@ -27,7 +27,7 @@ class Fp8PerChannelRunner:
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
         # The scales of rows and tokens say everything.
-        self._one = torch.ones(self._w13.shape[0], device=self._w13.device)
+        self._one = torch.ones(self._w13.shape[0], dtype=torch.float32, device=self._w13.device)
 
     def __call__(
         self,

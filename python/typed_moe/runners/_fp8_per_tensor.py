@@ -9,7 +9,14 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
+from typed_moe.runners._base import (
+    NO_BUFFERS,
+    CallBuffers,
+    expert_args,
+    present,
+    route,
+    with_raw_limit,
+)
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
@@ -22,8 +29,6 @@ class Fp8PerTensorRunner:
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
         self._quant = decision.plan.request.quant
-        self._experts = expert_args(decision, weights)
-        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._input_scale = present(weights.w13_input_scale, "w13_input_scale")
         self._scales = output_scales(
@@ -33,6 +38,8 @@ class Fp8PerTensorRunner:
             present(weights.w2_input_scale, "w2_input_scale"),
             gated=is_gated(decision.plan.request.activation),
         )
+        self._experts = with_raw_limit(expert_args(decision, weights), self._scales.gate)
+        self._call = KernelCall(decision, self._experts)
 
     def __call__(
         self,

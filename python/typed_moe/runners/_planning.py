@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 import attrs
+import torch
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels import (
@@ -24,6 +25,7 @@ from typed_moe.routing import (
     PrecomputedRules,
     Refused,
     RoutingForm,
+    RoutingShape,
     RoutingStrategy,
 )
 from typed_moe.runners._flashinfer_candidates import flashinfer_candidates
@@ -167,13 +169,16 @@ def _take(
 def _precomputed(rules: KernelRules, request: KernelRequest) -> PrecomputedRules | Refused:
     """What the kernel takes in place of logits at this size."""
     given = rules.precomputed
-    if isinstance(given, Refused) or any(tier.holds(request.shape) for tier in given.tiers):
+    shared = request.num_fused_shared_experts
+    shape = RoutingShape(
+        num_experts=request.shape.num_experts + shared, top_k=request.shape.top_k + shared
+    )
+    if isinstance(given, Refused) or any(tier.holds(shape) for tier in given.tiers):
         return given
     sizes = " or ".join(str(tier) for tier in given.tiers)
-    shape = request.shape
     return Refused(
         f"takes ids for {sizes}; this layer has {shape.num_experts} experts with "
-        f"top_k {shape.top_k}"
+        f"top_k {shape.top_k}, fused shared experts among them"
     )
 
 
@@ -197,19 +202,23 @@ def _plan(
         scale=strategy.scale(taken.form),
         weight_on_input=strategy.apply_router_weight_on_input,
         candidates=candidates,
-        degraded=_degraded(taken),
+        degraded=_degraded(taken, weight_on_input=strategy.apply_router_weight_on_input),
     )
 
 
-def _degraded(taken: _Taken) -> tuple[str, ...]:
+def _degraded(taken: _Taken, *, weight_on_input: bool) -> tuple[str, ...]:
     told = taken.in_kernel
     assert told is not None, "a kernel was taken"
     if isinstance(told, InKernel):
+        rounded = []
         if told.bias_dtype is not None:
-            return (f"the correction bias is rounded to {told.bias_dtype} for the kernel",)
-        return ()
+            rounded.append(f"the correction bias is rounded to {told.bias_dtype} for the kernel")
+        if torch.float32 not in told.logits_dtypes:
+            rounded.append(f"router logits are rounded to {told.logits_dtypes[0]} for the kernel")
+        return tuple(rounded)
     reasons = [f"routing runs before the kernel, in PyTorch: {told.reason}"]
-    if taken.packed:
+    # A weight that was put on the input is 1 in the packed word.
+    if taken.packed and not weight_on_input:
         reasons.append("the weights are rounded to bfloat16: this release takes them packed")
     return tuple(reasons)
 
