@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.recorded_flashinfer import RecordedLibrary
 from typed_moe import (
     BiasedSigmoid,
     BiasRule,
     DeepSeekV3,
     Default,
+    FlashInferKernel,
     FusedMoE,
     GroupedSoftmax,
     Llama4,
@@ -159,3 +161,74 @@ def test_a_cuda_layer_runs_the_reference_kernel_only_when_asked() -> None:
             routing=RenormalizeNaive(),
             device="cuda",
         )
+
+
+def test_a_layer_on_the_current_device() -> None:
+    """`cuda` without an index is the device that tensors made on it have."""
+    layer = FusedMoE(
+        num_experts=8,
+        top_k=2,
+        hidden_size=64,
+        intermediate_size=64,
+        routing=RenormalizeNaive(),
+        kernel=ReferenceKernel(),
+        device="cuda",
+    )
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x, logits = torch.randn(3, 64, device="cuda"), torch.randn(3, 8, device="cuda")
+    assert layer(x, logits).device == x.device
+    layer.to("cuda")
+    assert layer(x, logits).isfinite().all()
+
+
+@pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"unquantized"}))
+def test_a_flashinfer_call_can_be_captured(name: FormatName, form: RoutingForm) -> None:
+    """What a replayed graph gives the kernel is what an eager call gives it.
+
+    The kernel itself is left out: everything before it has to be capturable, and to follow its
+    inputs.
+    """
+    library = RecordedLibrary("0.7.2.post1")
+    layer = FusedMoE(
+        num_experts=16,
+        top_k=2,
+        hidden_size=256,
+        intermediate_size=256,
+        routing=Default() if name == "mxint4" else RenormalizeNaive(),
+        quant=FORMATS[name],
+        kernel=FlashInferKernel(library),
+        routing_form=form,
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
+    for parameter in layer.parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            parameter.data.fill_(0.25)
+        else:
+            parameter.data.view(torch.uint8).fill_(1)
+    layer.prepare_weights()
+    x, logits = torch.randn(8, 256, device="cuda").bfloat16(), torch.randn(8, 16, device="cuda")
+    layer(x, logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x, logits)
+    captured = library.calls[-1][1]
+    x.normal_()
+    logits.normal_()
+    graph.replay()
+    layer(x, logits)
+    eager = library.calls[-1][1]
+    for argument, value in eager.items():
+        for mine, theirs in zip(_tensors(captured[argument]), _tensors(value), strict=True):
+            assert torch.equal(_bytes(mine), _bytes(theirs)), argument
+
+
+def _tensors(value: object) -> tuple[Tensor, ...]:
+    values = value if isinstance(value, tuple) else (value,)
+    return tuple(one for one in values if isinstance(one, Tensor))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor

@@ -45,4 +45,4 @@ class RecordedLibrary:
         self.calls.append((entry_point, dict(arguments)))
         hidden = cast("Tensor", arguments["hidden_states"])
         width = hidden.shape[1] * (2 if hidden.dtype is torch.uint8 else 1)
-        return torch.zeros(hidden.shape[0], width, dtype=torch.bfloat16)
+        return torch.zeros(hidden.shape[0], width, dtype=torch.bfloat16, device=hidden.device)
