@@ -20,7 +20,7 @@ from typed_moe.quantization._e2m1 import (
 )
 from typed_moe.quantization._e8m0 import e8m0_decode, e8m0_from_amax, e8m0_reciprocal
 from typed_moe.quantization._int4 import INT4_MAX, INT4_MIN, int4_decode, int4_encode
-from typed_moe.quantization._scales import E4M3_MAX, SMALLEST_NORMAL, float_scale
+from typed_moe.quantization._scales import E4M3_MAX, SMALLEST_NORMAL, float_scale, quotient
 
 FP8_BLOCK = 128
 MX_GROUP = 32
@@ -126,7 +126,7 @@ def quantize_mxint4(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = _grouped(rows, MX_GROUP)
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
-    wanted = torch.maximum(high / INT4_MAX, low / INT4_MIN)
+    wanted = torch.maximum(quotient(high, INT4_MAX), quotient(low, INT4_MIN))
     scale = torch.where(wanted == 0.0, 1.0, wanted.clamp(min=SMALLEST_NORMAL)).to(torch.bfloat16)
     codes = int4_encode(groups / scale.to(torch.float32).unsqueeze(-1))
     return pack_nibbles(codes.flatten(-2)), scale
@@ -145,7 +145,7 @@ def quantize_nvfp4(rows: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     a scale of 0, which a small group would round to, cannot be divided by.
     """
     groups = _grouped(rows, NVFP4_GROUP)
-    wanted = groups.abs().amax(dim=-1) / E2M1_MAX / global_scale
+    wanted = quotient(groups.abs().amax(dim=-1), E2M1_MAX) / global_scale
     scale = to_e4m3(wanted.clamp(min=_E4M3_SMALLEST))
     multiplier = scale.to(torch.float32) * global_scale
     return pack_nibbles(e2m1_encode(groups / multiplier.unsqueeze(-1)).flatten(-2)), scale

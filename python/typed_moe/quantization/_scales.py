@@ -12,6 +12,15 @@ E4M3_MAX = 448.0
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, correctly rounded on every device.
+
+    PyTorch multiplies by the reciprocal where a CUDA tensor is divided by a number, which is off
+    by a unit in the last place (scales on an H100 differed from the CPU's, 2026-11-23).
+    """
+    return values / torch.full_like(values, divisor)
+
+
 def float_scale(amax: Tensor, largest: float) -> Tensor:
     """The multiplier that brings `amax` to `largest`, the format's greatest value.
 
@@ -25,7 +34,7 @@ def float_scale(amax: Tensor, largest: float) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    return torch.where(amax == 0.0, 1.0, (amax / largest).clamp(min=SMALLEST_NORMAL))
+    return torch.where(amax == 0.0, 1.0, quotient(amax, largest).clamp(min=SMALLEST_NORMAL))
 
 
 def calibration_scale(amax: Tensor, fmt: Format) -> Tensor:
