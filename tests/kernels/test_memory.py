@@ -107,6 +107,7 @@ class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
+        self.largest = 0
 
     @override
     def __torch_dispatch__(  # type: ignore[explicit-any]  # an operator takes anything
@@ -119,7 +120,9 @@ class Allocated(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         given = _storages(one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor))
         result = func(*args, **(kwargs or {}))
         made = _storages(one for one in tree_leaves(result) if isinstance(one, Tensor))
-        self.bytes += sum(size for address, size in made.items() if address not in given)
+        new = [size for address, size in made.items() if address not in given]
+        self.bytes += sum(new)
+        self.largest = max(self.largest, *new, 0)
         return result
 
 
@@ -156,3 +159,14 @@ def test_a_call_allocates_what_the_call_by_hand_does(made: tuple[Pair, ...], tok
         mine, theirs = _allocated(pair.runner, tokens), _allocated(pair.by_hand, tokens)
         extremes = 8 if pair.form is RoutingForm.PRECOMPUTED else 0
         assert mine == theirs + extremes, (pair.quant, pair.form)
+
+
+def test_looking_at_the_weights_takes_one_experts_masks() -> None:
+    """Not those of the whole stack, which are larger than the weights."""
+    experts = random_experts(64, 128, 128)
+    layer = Build(
+        routing=Renormalize(), num_experts=64, hidden_size=128, intermediate_size=128
+    ).loaded(experts)
+    with Allocated() as counted:
+        layer.validate_weights()
+    assert counted.largest <= 2 * layer.get_parameter("w13_weight")[0].nbytes

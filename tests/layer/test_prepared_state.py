@@ -282,3 +282,16 @@ def test_a_switch_that_drops_swiglus_settings(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FLASHINFER_DIST_AWARE_AUTOTUNE", "1")
     with pytest.raises(UnsupportedRouting, match="FLASHINFER_DIST_AWARE_AUTOTUNE=1"):
         recorded(build)
+
+
+def test_a_calibration_that_failed_leaves_no_scale_behind() -> None:
+    """1.0, which it starts from, would pass for a scale."""
+    layer = attrs.evolve(WIDE, quant=Fp8PerTensor(), kernel=ReferenceKernel()).loaded(
+        random_experts(8, 128, 128)
+    )
+    layer.calibrate(X, LOGITS)
+    with pytest.raises(TypeError, match="router_logits is"):
+        layer.calibrate(X, LOGITS.int())
+    assert layer.get_parameter("w2_input_scale").isnan()
+    with pytest.raises(ValueError, match="w2_input_scale hold NaN"):
+        layer(X, LOGITS)
