@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from tests import oracle
 from tests.acceptance.cases import CASES, Case, find
-from tests.kernels.recorded_flashinfer import RecordedLibrary
+from tests.kernels.recorded_flashinfer import RecordedLibrary, fill
 from tests.kernels.signatures import VERSIONS, table
 from tests.layer.build import Build, random_experts, relative_error
 from typed_moe import (
@@ -74,11 +74,7 @@ def layer_of(
         routing_form=form,
         dtype=torch.bfloat16,
     ).empty()
-    for parameter in layer.parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1:
-            parameter.data.fill_(0.5)
-        else:
-            parameter.data.view(torch.uint8).fill_(1)
+    fill(layer)
     return layer
 
 
@@ -126,7 +122,10 @@ BORDERS = (
 @pytest.mark.parametrize("size", BORDERS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_acceptance_31_every_declared_size(case: Case, size: tuple[int, int]) -> None:
-    """flashinfer#3840: both sides of every tier are called, or refused before anything is loaded."""
+    """flashinfer#3840: both sides of every tier are called, or refused before anything is loaded.
+
+    The plan is held to the table here; the table to an H100's kernels in test_flashinfer_facts.py.
+    """
     shape = RoutingShape(num_experts=size[0], top_k=size[1])
     try:
         case.strategy.check(shape)
@@ -326,7 +325,7 @@ def test_acceptance_49_and_50_fused_shared_experts(quant: Format) -> None:
         gate=None if shared.gate is None else torch.cat((shared.gate, shared.gate)),
     )
     beside = static_scales(every.loaded(twice))(x, torch.zeros(8, 4))
-    assert relative_error(fused.float(), (alone.double() + beside.double())) < 6e-3
+    assert relative_error(fused.float(), (alone.double() + beside.double())) < 3 * 2**-9
 
 
 def _part(experts: oracle.Experts, numbers: range) -> oracle.Experts:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.recorded_flashinfer import RecordedLibrary
+from tests.kernels.recorded_flashinfer import RecordedLibrary, fill
 from typed_moe import (
     BiasedSigmoid,
     BiasRule,
@@ -203,11 +203,7 @@ def test_a_flashinfer_call_can_be_captured(name: FormatName, form: RoutingForm) 
         device="cuda",
         dtype=torch.bfloat16,
     )
-    for parameter in layer.parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1:
-            parameter.data.fill_(0.25)
-        else:
-            parameter.data.view(torch.uint8).fill_(1)
+    fill(layer)
     layer.prepare_weights()
     x, logits = torch.randn(8, 256, device="cuda").bfloat16(), torch.randn(8, 16, device="cuda")
     layer(x, logits)

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tests.acceptance.cases import CASES, Case, find, sized
-from tests.kernels.recorded_flashinfer import RecordedLibrary
+from tests.kernels.recorded_flashinfer import RecordedLibrary, fill
 from tests.kernels.signatures import VERSIONS, table
 from tests.layer.build import Build, random_experts
 from typed_moe import (
@@ -96,11 +96,7 @@ def release(version: str) -> tuple[int, int, int]:
 def run(made: Build, bias: Tensor | None) -> FusedMoE:
     """Fill it and call it once."""
     layer = made.empty()
-    for parameter in layer.parameters():
-        if parameter.is_floating_point() and parameter.element_size() > 1:
-            parameter.data.fill_(0.5)
-        else:
-            parameter.data.view(torch.uint8).fill_(1)
+    fill(layer)
     if bias is not None:
         layer.load_weights([("e_score_correction_bias", bias)])
     layer(torch.randn(3, made.hidden_size).bfloat16(), torch.randn(3, made.num_experts))
@@ -154,6 +150,8 @@ def test_every_activation_binds(version: str, quant: Format, activation: Activat
     try:
         run(made, None)
     except UnsupportedRouting:
+        # Plain Swiglu is every format's in the newest releases; the others are docstrings' word.
+        assert activation != Swiglu() or release(version) < (0, 7, 0)
         return
     ((_, arguments),) = library.calls
     name = type(activation).__name__

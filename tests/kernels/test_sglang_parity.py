@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 passes to FlashInfer for four layers, beside what we pass, argument by argument.
 
-SGLang's side is transcribed from `srt/layers/moe/moe_runner/flashinfer_trtllm.py` (real layers run
-with recorders in place of the kernels, 2026-11-23). Both sides are bound to the installed function
+SGLang's side is transcribed from its source, `srt/layers/moe/moe_runner/flashinfer_trtllm.py`: read,
+not run here, for a GPU that has programmatic dependent launch. Both sides are bound to the installed function
 and filled with its defaults, so that an argument left out is one with a value. Each difference is
 listed with its reason; a listed difference that is none fails as well.
 """

@@ -25,17 +25,16 @@ from typed_moe.kernels._reference_routing import METHODS, route
 from typed_moe.kernels.args import ExpertArgs, FromLogits, MoeArgs, Precomputed
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import (
+    ANY_SIZE,
     GlobalExpertIds,
     GroupLimits,
     KernelRules,
     LocalExpertIds,
     MethodRules,
     Refused,
-    Tier,
     as_global_ids,
 )
 
-_ANY_SIZE = (Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),)
 _ANY_GROUPS = GroupLimits(
     max_groups=2**31 - 1, max_experts_per_group=2**31 - 1, max_topk_group=2**31 - 1
 )
@@ -44,10 +43,10 @@ _ANY_DTYPE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _METHOD_RULES: Mapping[str, MethodRules] = MappingProxyType(
     {
         method: MethodRules(
-            tiers=_ANY_SIZE,
+            tiers=ANY_SIZE,
             logits_dtypes=_ANY_DTYPE,
             bias_dtypes=_ANY_DTYPE,
-            grouped_tiers=_ANY_SIZE,
+            grouped_tiers=ANY_SIZE,
             groups=_ANY_GROUPS,
         )
         for method in METHODS

@@ -9,6 +9,7 @@ from typed_moe.routing._minimax2 import MiniMax2
 from typed_moe.routing._ops import check_inputs, float_logits, routed, top_k_ids
 from typed_moe.routing._protocol import RoutingStrategy
 from typed_moe.routing._records import (
+    ANY_SIZE,
     BiasRule,
     GlobalExpertIds,
     GroupLimits,
@@ -37,6 +38,7 @@ from typed_moe.routing._topk import TopK
 from typed_moe.routing._topk_sigmoid import TopKSigmoid
 
 __all__ = [
+    "ANY_SIZE",
     "BiasRule",
     "BiasedSigmoid",
     "DeepSeekV3",

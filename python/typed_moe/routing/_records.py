@@ -212,7 +212,7 @@ class PrecomputedRules:
     packed: bool = False
 
 
-_ANY_SIZE = PrecomputedRules(tiers=(Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),))
+ANY_SIZE = (Tier(max_experts=2**31 - 1, max_top_k=2**31 - 1),)
 
 
 @final
@@ -234,7 +234,7 @@ class KernelRules:
     weight_on_input: bool
     source: str
     refused_methods: Mapping[str, str] = MappingProxyType({})
-    precomputed: PrecomputedRules | Refused = _ANY_SIZE
+    precomputed: PrecomputedRules | Refused = PrecomputedRules(tiers=ANY_SIZE)
 
 
 @final
