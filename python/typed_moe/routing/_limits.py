@@ -19,8 +19,8 @@ def rules_for(name: str, rules: KernelRules) -> MethodRules | Refused:
     found = rules.methods.get(name)
     if found is not None:
         return found
-    reason = rules.refused_methods.get(name, f"has no routing method for {name}")
-    return Refused(f"{rules.kernel} {reason}" if reason.startswith("has") else reason)
+    reason = rules.refused_methods.get(name)
+    return Refused(reason or f"{rules.kernel} has no routing method for {name}")
 
 
 def beyond(tiers: tuple[Tier, ...], shape: RoutingShape, kernel: str, name: str) -> Refused | None:
