@@ -23,7 +23,7 @@ from typed_moe import (
     RoutingShape,
     RoutingStrategy,
 )
-from typed_moe.kernels import FromLogits
+from typed_moe.kernels import FromLogits, fused_route
 from typed_moe.kernels._reference_routing import METHODS, route
 from typed_moe.kernels.reference import REFERENCE_RULES
 
@@ -74,6 +74,21 @@ def in_kernel(case: Case, logits: Tensor, bias: Tensor | None) -> Chosen:
         dense=oracle.dense(routed.topk_ids, routed.topk_weights, case.num_experts),
         ids=routed.topk_ids.long(),
     )
+
+
+def fused_kernel(case: Case, logits: Tensor, bias: Tensor | None) -> Chosen:
+    """By the fused routing kernel: on the card where there is one, else in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    routed = fused_route(
+        case.strategy,
+        logits.to(device),
+        None if bias is None else bias.to(device),
+        shape=RoutingShape(num_experts=case.num_experts, top_k=case.top_k),
+    )
+    assert routed.topk_ids.dtype is torch.int32
+    assert routed.topk_weights.dtype is torch.float32
+    ids, weights = routed.topk_ids.cpu(), routed.topk_weights.cpu()
+    return Chosen(dense=oracle.dense(ids, weights, case.num_experts), ids=ids.long())
 
 
 def layer_in_kernel(case: Case, logits: Tensor, bias: Tensor | None) -> Chosen:

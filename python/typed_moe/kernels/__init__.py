@@ -1,8 +1,10 @@
 """Room 4: argument records, the facts of kernels, and the reference kernel."""
 
 from typed_moe.kernels._activation_arguments import activation_arguments
+from typed_moe.kernels._fused_rules import FUSED_RULES
 from typed_moe.kernels._protocol import KernelRequest, MoeKernel
 from typed_moe.kernels._reference_routing import route as route_reference
+from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels.args import (
     ActivationType,
     Bf16MoeArgs,
@@ -21,10 +23,18 @@ from typed_moe.kernels.args import (
 )
 from typed_moe.kernels.flashinfer import FlashInferKernel, installed_flashinfer
 from typed_moe.kernels.flashinfer import layer_refusal as flashinfer_layer_refusal
+from typed_moe.kernels.fused_routing import (
+    FusedRouting,
+    fused_route,
+    fused_routing,
+    fused_routing_refusal,
+    sort_slots,
+)
 from typed_moe.kernels.reference import ReferenceKernel, append_shared
 from typed_moe.kernels.weights import ExpertWeights
 
 __all__ = [
+    "FUSED_RULES",
     "ActivationType",
     "Bf16MoeArgs",
     "ExpertArgs",
@@ -36,6 +46,7 @@ __all__ = [
     "Fp8PerChannelMoeArgs",
     "Fp8PerTensorMoeArgs",
     "FromLogits",
+    "FusedRouting",
     "KernelRequest",
     "MoeArgs",
     "MoeKernel",
@@ -43,10 +54,16 @@ __all__ = [
     "Precomputed",
     "ReferenceKernel",
     "Routing",
+    "SortRequest",
+    "SortedSlots",
     "activation_arguments",
     "append_shared",
     "entry_point",
     "flashinfer_layer_refusal",
+    "fused_route",
+    "fused_routing",
+    "fused_routing_refusal",
     "installed_flashinfer",
     "route_reference",
+    "sort_slots",
 ]

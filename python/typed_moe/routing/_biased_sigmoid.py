@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.routing import _settings
+from typed_moe.routing._biased import biased_in_kernel, grouped_refusal
 from typed_moe.routing._groups import (
     check_group_pair,
     check_group_shape,
@@ -52,7 +53,7 @@ class BiasedSigmoid:
         router_logits_dtype: the least precise dtype the gate may emit; None: any.
 
     Models: dots.llm1, and any of the DeepSeek-V3 family with `norm_topk_prob = false`.
-    Source: Dots1TopkRouter in transformers. No fused kernel knows it: FlashInfer's DeepSeekV3
+    Source: Dots1TopkRouter in transformers. FlashInfer's kernels do not know it: its DeepSeekV3
     always divides.
     """
 
@@ -81,9 +82,9 @@ class BiasedSigmoid:
         return False
 
     def scale(self, form: RoutingForm) -> Scale:
-        """In the weights: this rule is always routed before the call."""
-        del form
-        return Scale(factor=self.routed_scaling_factor, owner=ScaleOwner.STRATEGY)
+        """In the weights when routed before the call, the kernel's otherwise."""
+        owner = ScaleOwner.KERNEL if form is RoutingForm.IN_KERNEL else ScaleOwner.STRATEGY
+        return Scale(factor=self.routed_scaling_factor, owner=owner)
 
     def check(self, shape: RoutingShape) -> None:
         """Refuse experts that do not divide into the groups. Raises: ValueError."""
@@ -92,9 +93,27 @@ class BiasedSigmoid:
         )
 
     def in_kernel(self, shape: RoutingShape, rules: KernelRules) -> InKernel | Refused:
-        """No fused kernel knows this rule: it is routed before the call."""
-        del shape
-        return Refused(f"{rules.kernel} has no routing method for {self.name}")
+        """Routed by a kernel that knows the rule; FlashInfer's do not."""
+        refused = grouped_refusal(
+            self.name,
+            shape,
+            rules,
+            num_expert_group=self.num_expert_group,
+            topk_group=self.topk_group,
+        )
+        if refused is not None:
+            return refused
+        args = biased_in_kernel(
+            self.name,
+            shape,
+            rules,
+            grouped=self.num_expert_group > 1,
+            factor=self.routed_scaling_factor,
+            correction_bias_dtype=torch.float32,
+        )
+        if isinstance(args, Refused):
+            return args
+        return attrs.evolve(args, n_group=self.num_expert_group, topk_group=self.topk_group)
 
     def select_experts(
         self,

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from typed_moe.routing import _settings
+from typed_moe.routing._biased import grouped_refusal
 from typed_moe.routing._groups import (
     check_group_pair,
     check_group_shape,
     group_count,
     normal_group,
 )
+from typed_moe.routing._limits import plain_in_kernel
 from typed_moe.routing._ops import (
     SUM_EPSILON,
     check_inputs,
@@ -57,8 +59,8 @@ class GroupedSoftmax:
 
     Models: DeepSeek-V2 (`topk_method = group_limited_greedy`: max, not normalised, 16.0);
     Mistral-4 and Mistral-Large-4 with `n_group > 1` (top-2 sum, normalised).
-    Source: DeepseekV2TopkRouter and Mistral4TopkRouter in transformers. No fused kernel
-    knows it.
+    Source: DeepseekV2TopkRouter and Mistral4TopkRouter in transformers. FlashInfer's
+    kernels do not know it.
     """
 
     num_expert_group: int = attrs.field(converter=normal_group, validator=group_count)
@@ -93,9 +95,9 @@ class GroupedSoftmax:
         return False
 
     def scale(self, form: RoutingForm) -> Scale:
-        """In the weights: this rule is always routed before the call."""
-        del form
-        return Scale(factor=self.routed_scaling_factor, owner=ScaleOwner.STRATEGY)
+        """In the weights when routed before the call, the kernel's otherwise."""
+        owner = ScaleOwner.KERNEL if form is RoutingForm.IN_KERNEL else ScaleOwner.STRATEGY
+        return Scale(factor=self.routed_scaling_factor, owner=owner)
 
     def check(self, shape: RoutingShape) -> None:
         """Refuse experts that do not divide into the groups. Raises: ValueError."""
@@ -107,9 +109,26 @@ class GroupedSoftmax:
         )
 
     def in_kernel(self, shape: RoutingShape, rules: KernelRules) -> InKernel | Refused:
-        """No fused kernel knows this rule: it is routed before the call."""
-        del shape
-        return Refused(f"{rules.kernel} has no routing method for {self.name}")
+        """Routed by a kernel that knows the rule; FlashInfer's do not."""
+        refused = grouped_refusal(
+            self.name,
+            shape,
+            rules,
+            num_expert_group=self.num_expert_group,
+            topk_group=self.topk_group,
+        )
+        if refused is not None:
+            return refused
+        args = plain_in_kernel(self.name, shape, rules, norm_topk_prob=self.norm_topk_prob)
+        if isinstance(args, Refused):
+            return args
+        return attrs.evolve(
+            args,
+            n_group=self.num_expert_group,
+            topk_group=self.topk_group,
+            group_score=self.group_score,
+            routed_scaling_factor=self.routed_scaling_factor,
+        )
 
     def select_experts(
         self,

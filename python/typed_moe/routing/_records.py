@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import NewType, cast, final
+from typing import Literal, NewType, cast, final
 
 import attrs
 import torch
@@ -247,6 +247,8 @@ class InKernel:
             library by the one file that calls it.
         n_group, topk_group: the one form that every entry point takes: counts of 1 or more
             for a method that knows groups, None for one that does not.
+        group_score: what ranks a group: its best expert, or the sum of its two best. Read by
+            kernels that know both; FlashInfer's know the second.
         routed_scaling_factor: the factor that the kernel applies, None where it applies none.
         norm_topk_prob: whether the weights are divided by their sum (read by SigmoidRenorm only).
         use_routing_scales_on_input: the weight goes on the expert's input.
@@ -262,3 +264,4 @@ class InKernel:
     use_routing_scales_on_input: bool
     logits_dtypes: tuple[torch.dtype, ...]
     bias_dtype: torch.dtype | None = None
+    group_score: Literal["max", "top2_sum"] = "top2_sum"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.routing import _settings
+from typed_moe.routing._limits import plain_in_kernel
 from typed_moe.routing._ops import check_inputs, float_logits, routed, top_k_ids
 from typed_moe.routing._records import (
     BiasRule,
@@ -37,7 +38,7 @@ class ScaledSoftmax:
         routed_scaling_factor: the factor in the weights.
 
     Models: DeepSeek-V2 family with `topk_method = greedy` and a factor; Mistral-4 with one.
-    Source: DeepseekV2TopkRouter in transformers. No fused kernel knows it.
+    Source: DeepseekV2TopkRouter in transformers. FlashInfer's kernels do not know it.
     """
 
     norm_topk_prob: bool = attrs.field(validator=attrs.validators.instance_of(bool))
@@ -64,18 +65,20 @@ class ScaledSoftmax:
         return False
 
     def scale(self, form: RoutingForm) -> Scale:
-        """In the weights: this rule is always routed before the call."""
-        del form
-        return Scale(factor=self.routed_scaling_factor, owner=ScaleOwner.STRATEGY)
+        """In the weights when routed before the call, the kernel's otherwise."""
+        owner = ScaleOwner.KERNEL if form is RoutingForm.IN_KERNEL else ScaleOwner.STRATEGY
+        return Scale(factor=self.routed_scaling_factor, owner=owner)
 
     def check(self, shape: RoutingShape) -> None:
         """Every layer is fine."""
         del shape
 
     def in_kernel(self, shape: RoutingShape, rules: KernelRules) -> InKernel | Refused:
-        """No fused kernel knows this rule: it is routed before the call."""
-        del shape
-        return Refused(f"{rules.kernel} has no routing method for {self.name}")
+        """Routed by a kernel that knows the rule; FlashInfer's do not."""
+        args = plain_in_kernel(self.name, shape, rules, norm_topk_prob=self.norm_topk_prob)
+        if isinstance(args, Refused):
+            return args
+        return attrs.evolve(args, routed_scaling_factor=self.routed_scaling_factor)
 
     def select_experts(
         self,

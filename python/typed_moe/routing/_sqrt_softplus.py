@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.routing import _settings
+from typed_moe.routing._biased import biased_in_kernel
 from typed_moe.routing._ops import (
     SUM_EPSILON,
     check_inputs,
@@ -44,7 +45,7 @@ class SqrtSoftplus:
         router_logits_dtype: the least precise dtype the gate may emit; None: any.
 
     Models: DeepSeek-V4 beyond its hash-routed layers, Inkling-2 by setting.
-    Source: DeepseekV4TopKRouter in transformers. No fused kernel knows it.
+    Source: DeepseekV4TopKRouter in transformers. FlashInfer's kernels do not know it.
     """
 
     routed_scaling_factor: float = attrs.field(default=1.0, validator=_settings.factor)
@@ -69,18 +70,24 @@ class SqrtSoftplus:
         return False
 
     def scale(self, form: RoutingForm) -> Scale:
-        """In the weights: this rule is always routed before the call."""
-        del form
-        return Scale(factor=self.routed_scaling_factor, owner=ScaleOwner.STRATEGY)
+        """In the weights when routed before the call, the kernel's otherwise."""
+        owner = ScaleOwner.KERNEL if form is RoutingForm.IN_KERNEL else ScaleOwner.STRATEGY
+        return Scale(factor=self.routed_scaling_factor, owner=owner)
 
     def check(self, shape: RoutingShape) -> None:
         """Every layer is fine."""
         del shape
 
     def in_kernel(self, shape: RoutingShape, rules: KernelRules) -> InKernel | Refused:
-        """No fused kernel knows this rule: it is routed before the call."""
-        del shape
-        return Refused(f"{rules.kernel} has no routing method for {self.name}")
+        """Routed by a kernel that knows the rule; FlashInfer's do not."""
+        return biased_in_kernel(
+            self.name,
+            shape,
+            rules,
+            grouped=False,
+            factor=self.routed_scaling_factor,
+            correction_bias_dtype=torch.float32,
+        )
 
     def select_experts(
         self,

@@ -1,0 +1,242 @@
+"""Launching the Triton kernels: which tile, how many warps, how many programs.
+
+Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import attrs
+import torch
+import triton
+from torch import Tensor
+
+from typed_moe.kernels._fused_rules import RouteSettings, power_of_two
+from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._triton_route import route_kernel
+from typed_moe.kernels._triton_slots import count_kernel, place_kernel
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Triton runs its kernels in NumPy on the CPU, for tests (TRITON_INTERPRET=1)."""
+
+_LANES = 32
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Tile:
+    """How rows are divided over programs, and whether the two launches overlap.
+
+    Attributes:
+        rows: of one program; 255 at most, since a chunk's counts are bytes.
+        width: lanes that share a row (W of the kernel).
+        warps: of one program; rows * width / 32 gives every lane one share of one row.
+        whole: up to how many rows one program routes and sorts in one launch.
+        overlap: programmatic dependent launch: the second launch starts while the first one runs,
+            and waits before it reads. Compute capability 9.0 and above.
+        place_warps: of a program of the second launch.
+        place_programs: of the second launch, at most.
+    """
+
+    rows: int
+    width: int = _LANES
+    warps: int
+    whole: int = 8
+    overlap: bool = False
+    place_warps: int = 8
+    place_programs: int = 128
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Call:
+    """One call's tensors: logits (T, E), bias (E,), and the results (T, k)."""
+
+    settings: RouteSettings
+    logits: Tensor
+    bias: Tensor | None
+    ids: Tensor
+    weights: Tensor
+
+
+def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
+    """Rows and warps for a call."""
+    del num_tokens
+    if settings.places >= 1024:
+        return Tile(rows=4, warps=8, whole=2)
+    rows = 8 if settings.top_k > 16 else 16
+    return Tile(rows=rows, warps=rows)
+
+
+def route(
+    settings: RouteSettings,
+    logits: Tensor,
+    bias: Tensor | None,
+    sort: SortRequest | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, SortedSlots | None]:
+    """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for."""
+    tokens, top_k = logits.shape[0], settings.top_k
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if tokens == 0:
+        return ids, weights, None if sort is None else _no_slots(sort, logits.device)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
+    tile = tile_of(settings, tokens) if tile is None else tile
+    if sort is None:
+        _route(call, tile, "none", None, None)
+        return ids, weights, None
+    slots = _empty_slots(sort, tokens * top_k, logits.device)
+    if tokens <= tile.whole:
+        rows = power_of_two(tokens)
+        warps = max(1, min(tile.warps, rows * tile.width // _LANES))
+        _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
+        return ids, weights, slots
+    chunks = triton.cdiv(tokens, tile.rows)
+    counts = torch.empty((chunks, sort.num_local), dtype=torch.uint8, device=logits.device)
+    _route(call, tile, "count", slots, counts)
+    _place(slots, ids, counts, tile, chunk=tile.rows * top_k)
+    return ids, weights, slots
+
+
+def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
+    """The sorted slots of ids (T, k) that another routing gave, -1 left out."""
+    num_slots = ids.numel()
+    if num_slots == 0:
+        return _no_slots(sort, ids.device)
+    ids = ids.to(torch.int32).contiguous()
+    chunk = 128
+    slots = _empty_slots(sort, num_slots, ids.device)
+    chunks = triton.cdiv(num_slots, chunk)
+    counts = torch.empty((chunks, sort.num_local), dtype=torch.uint8, device=ids.device)
+    width = min(64, power_of_two(sort.num_local))
+    count_kernel[(chunks, triton.cdiv(sort.num_local, width))](
+        ids,
+        counts,
+        num_slots,
+        sort.first_local,
+        sort.num_local,
+        CHUNK=chunk,
+        CHUNK_PAD=chunk,
+        L_TILE=width,
+        num_warps=4,
+    )
+    _place(slots, ids, counts, Tile(rows=1, warps=1), chunk=chunk)
+    return slots
+
+
+def _route(
+    call: Call,
+    tile: Tile,
+    mode: Literal["none", "count", "whole"],
+    slots: SortedSlots | None,
+    chunk_counts: Tensor | None,
+) -> None:
+    settings, logits, rule = call.settings, call.logits, call.settings.rule
+    group_pad = power_of_two(settings.group_size)
+    width = min(tile.width, group_pad)
+    overlap = tile.overlap and mode == "count"
+    whole = slots if mode == "whole" else None
+    route_kernel[(triton.cdiv(logits.shape[0], tile.rows),)](
+        logits,
+        call.bias,
+        call.ids,
+        call.weights,
+        chunk_counts,
+        None if whole is None else whole.slots,
+        None if whole is None else whole.counts,
+        None if whole is None else whole.offsets,
+        None if whole is None else whole.block_experts,
+        logits.shape[0],
+        logits.stride(0),
+        0 if call.bias is None else call.bias.stride(0),
+        settings.scale,
+        0 if slots is None else slots.first_local,
+        0 if slots is None else slots.counts.shape[0],
+        0 if slots is None else slots.block_experts.shape[0],
+        E=settings.num_experts,
+        K=settings.top_k,
+        K_PAD=power_of_two(settings.top_k),
+        RANK=rule.rank,
+        WEIGH=rule.weigh,
+        DIVIDE=rule.divide,
+        BIASED=rule.biased,
+        NUM_GROUPS=settings.num_expert_group,
+        KEPT=settings.topk_group,
+        TWO_BEST=settings.two_best,
+        GROUP_SIZE=settings.group_size,
+        GROUP_PAD=group_pad,
+        G=power_of_two(settings.num_expert_group),
+        J=settings.places // width,
+        ROWS=tile.rows,
+        W=width,
+        SORT=mode,
+        BLOCK=1 if whole is None else whole.block_size,
+        BLOCK_TILE=4,
+        DEVICE=not INTERPRETED,
+        PDL=overlap,
+        num_warps=tile.warps,
+    )
+
+
+def _place(
+    slots: SortedSlots, ids: Tensor, chunk_counts: Tensor, tile: Tile, *, chunk: int
+) -> None:
+    """The second launch: every slot to its place."""
+    chunks, num_local = chunk_counts.shape
+    local_pad = power_of_two(num_local)
+    per_program = power_of_two(triton.cdiv(chunks, tile.place_programs))
+    programs = triton.cdiv(chunks, per_program)
+    num_blocks = slots.block_experts.shape[0]
+    options = {"launch_pdl": True} if tile.overlap else {}
+    place_kernel[(programs,)](
+        ids,
+        chunk_counts,
+        slots.slots,
+        slots.counts,
+        slots.offsets,
+        slots.block_experts,
+        ids.numel(),
+        chunks,
+        slots.first_local,
+        num_local,
+        num_blocks,
+        triton.cdiv(num_blocks, programs),
+        CHUNK=chunk,
+        CHUNK_PAD=power_of_two(chunk),
+        CHUNKS=per_program,
+        L_PAD=local_pad,
+        TILE=max(1, min(power_of_two(chunks), 8192 // local_pad)),
+        BLOCK=slots.block_size,
+        BLOCK_TILE=4,
+        PDL=tile.overlap,
+        num_warps=tile.place_warps,
+        **options,
+    )
+
+
+def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:
+    num_blocks = sort.num_blocks(num_slots)
+
+    def int32(count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int32, device=device)
+
+    return SortedSlots(
+        slots=int32(num_blocks * sort.block_size),
+        counts=int32(sort.num_local),
+        offsets=int32(sort.num_local + 1),
+        block_experts=int32(num_blocks),
+        block_size=sort.block_size,
+        first_local=sort.first_local,
+    )
+
+
+def _no_slots(sort: SortRequest, device: torch.device) -> SortedSlots:
+    """Of no tokens: nothing is launched but two fills."""
+    empty = _empty_slots(sort, 0, device)
+    empty.counts.zero_()
+    empty.offsets.zero_()
+    return empty

@@ -1,0 +1,273 @@
+"""Triton: logits to experts and weights, a few rows per program.
+
+Tile: (ROWS, J, W). The experts of a row stand in J * W places, group after group, each group padded
+to a power of two, and a group is one or several runs of W places. Triton deals a tile out to the
+lanes of a warp along W, then along ROWS, then along J, and to warps likewise: with W and ROWS
+chosen to fit, no row is divided over warps, and a reduction over it stays in registers and
+shuffles.
+
+Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
+from typed_moe.kernels._triton_slots import write_blocks
+
+NO_EXPERT = tl.constexpr(2**30)
+"""Above every expert id."""
+_LOWEST_KEY = tl.constexpr(-2139095041)
+"""`key_of(-inf)`."""
+
+
+@triton.jit
+def row_max(x: tl.tensor) -> tl.tensor:
+    """(ROWS, J, W) to (ROWS,)."""
+    return tl.max(tl.max(x, 1), 1)
+
+
+@triton.jit
+def row_min(x: tl.tensor) -> tl.tensor:
+    """(ROWS, J, W) to (ROWS,)."""
+    return tl.min(tl.min(x, 1), 1)
+
+
+@triton.jit
+def group_max(x: tl.tensor, G: tl.constexpr) -> tl.tensor:
+    """(ROWS, J, W) to (ROWS, G)."""
+    best = tl.max(x, 2)
+    if best.shape[1] == G:
+        return best
+    else:
+        return tl.max(tl.reshape(best, [best.shape[0], G, best.shape[1] // G]), 2)
+
+
+@triton.jit
+def over_group(x: tl.tensor, J: tl.constexpr) -> tl.tensor:
+    """(ROWS, G) to (ROWS, J, 1)."""
+    ROWS: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[1]
+    if G == J:
+        return tl.expand_dims(x, 2)
+    else:
+        wide = tl.broadcast_to(tl.expand_dims(x, 2), [ROWS, G, J // G])
+        return tl.expand_dims(tl.reshape(wide, [ROWS, J]), 2)
+
+
+@triton.jit
+def keep_groups(
+    key: tl.tensor,
+    expert: tl.tensor,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    G: tl.constexpr,
+) -> tl.tensor:
+    """Keys with that of -inf on every expert outside the KEPT best groups."""
+    J: tl.constexpr = key.shape[1]
+    group = tl.expand_dims(tl.arange(0, G), 0)
+    best = group_max(key, G)
+    if TWO_BEST:
+        at_best = tl.where(key == over_group(best, J), expert, NO_EXPERT)
+        first = -group_max(-at_best, G)
+        second = group_max(tl.where(expert == over_group(first, J), TAKEN, key), G)
+        best = key_of(number_of(best) + number_of(second))
+    best = tl.where(group < NUM_GROUPS, best, TAKEN)
+    kept = best == TAKEN
+    for _ in tl.static_range(KEPT):
+        top = tl.expand_dims(tl.max(best, 1), 1)
+        chosen = tl.expand_dims(tl.min(tl.where(best == top, group, G), 1), 1)
+        kept = kept | (group == chosen)
+        best = tl.where(group == chosen, TAKEN, best)
+    inside = over_group(kept.to(tl.int32), J) != 0
+    return tl.where(inside | (key == TAKEN), key, _LOWEST_KEY)
+
+
+@triton.jit
+def weights_of(
+    x: tl.tensor,
+    used: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    scale: tl.tensor,
+    WEIGH: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> tl.tensor:
+    """(ROWS, K) logits of the chosen experts to their weights; 0 on a row with one that is not finite.
+
+    `used` (1, K): which columns are there, K being a power of two. `top` and `total` are the row's largest logit and its sum of exponentials, for `softmax`.
+    """
+    if WEIGH == "softmax":
+        weight = tl.div_rn(exp(x - top[:, None], DEVICE), tl.broadcast_to(total[:, None], x.shape))
+    elif WEIGH == "softmax_chosen":
+        largest = tl.max(tl.where(used, x, -float("inf")), 1)
+        raised = tl.where(used, exp(x - largest[:, None], DEVICE), 0.0)
+        weight = tl.div_rn(raised, tl.broadcast_to(tl.sum(raised, 1)[:, None], x.shape))
+    else:
+        weight = score(x, WEIGH, DEVICE)
+    if DIVIDE != "nothing":
+        divisor = tl.sum(tl.where(used, weight, 0.0), 1)
+        divisor = divisor + 1e-20 if DIVIDE == "sum_plus_epsilon" else tl.maximum(divisor, 1e-20)
+        weight = tl.div_rn(weight, tl.broadcast_to(divisor[:, None], x.shape))
+    weight = weight * scale
+    # NaN and both infinities are not below infinity in size.
+    broken = tl.where(used & ~(tl.abs(weight) < float("inf")), 1, 0)
+    return tl.where((tl.max(broken, 1) == 0)[:, None], weight, 0.0)
+
+
+# `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
+# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane.
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "row_stride",
+        "bias_stride",
+        "first_local",
+        "num_local",
+        "num_blocks",
+    ]
+)
+def route_kernel(
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    chunk_counts_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    row_stride: tl.tensor,
+    bias_stride: tl.tensor,
+    scale: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    num_blocks: tl.tensor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    RANK: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    G: tl.constexpr,
+    J: tl.constexpr,
+    ROWS: tl.constexpr,
+    W: tl.constexpr,
+    SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TILE: tl.constexpr,
+    DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """ROWS rows: ids and weights, best first.
+
+    `SORT` is `none`; `count`, which also writes how many of these rows chose each local expert;
+    or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
+    them.
+    """
+    if PDL:
+        # The second launch may start now: it waits before it reads what this one writes.
+        gdc_launch_dependents()
+    program = tl.program_id(0)
+    place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    within = place % GROUP_PAD
+    expert = (place // GROUP_PAD) * GROUP_SIZE + within
+    is_expert = (within < GROUP_SIZE) & (expert < E)
+    rows = program * ROWS + tl.arange(0, ROWS)
+    is_row = rows < num_tokens
+    row_start = logits_ptr + rows.to(tl.int64) * row_stride
+    x = tl.load(
+        row_start[:, None, None] + expert,
+        mask=is_expert & is_row[:, None, None],
+        other=-float("inf"),
+    ).to(tl.float32)
+
+    # 2: there is a NaN. 0: nothing above -inf. Both are routed as zeros and weigh 0.
+    state = row_max(tl.where(x == x, tl.where(x > -float("inf"), 1, 0), 2))
+    usable = state == 1
+    x = tl.where(is_expert, tl.where(usable[:, None, None], x, 0.0), -float("inf"))
+    top = tl.zeros([ROWS], tl.float32)
+    total = top
+    if WEIGH == "softmax" or RANK == "softmax":
+        top = row_max(x)
+        raised = exp(x - top[:, None, None], DEVICE)
+        total = tl.sum(tl.sum(raised, 1), 1)
+        if RANK == "softmax":
+            x = tl.div_rn(raised, tl.broadcast_to(total[:, None, None], raised.shape))
+    if RANK != "softmax":
+        x = score(x, RANK, DEVICE)
+    if BIASED:
+        x = x + tl.load(bias_ptr + expert * bias_stride, mask=is_expert, other=0.0).to(tl.float32)
+    key = tl.where(is_expert, key_of(x), TAKEN)
+    expert = tl.where(is_expert, expert, NO_EXPERT)
+    if NUM_GROUPS > 1:
+        key = keep_groups(key, expert, NUM_GROUPS, KEPT, TWO_BEST, G)
+
+    column = tl.arange(0, K_PAD)[None, :]
+    ids = tl.zeros([ROWS, K_PAD], tl.int32)
+    slot = tl.zeros([ROWS, J, W], tl.int32)
+    for step in range(K):
+        best = row_max(key)
+        chosen = row_min(tl.where(key == best[:, None, None], expert, NO_EXPERT))
+        hit = expert == chosen[:, None, None]
+        key = tl.where(hit, TAKEN, key)
+        ids = tl.where(column == step, chosen[:, None], ids)
+        if SORT == "whole":
+            slot = tl.where(hit, step, slot)
+
+    used = (column < K) & is_row[:, None]
+    picked = tl.load(row_start[:, None] + ids, mask=used, other=0.0).to(tl.float32)
+    picked = tl.where(usable[:, None], picked, 0.0)
+    weight = weights_of(picked, column < K, top, total, scale, WEIGH, DIVIDE, DEVICE)
+    weight = tl.where(usable[:, None], weight, 0.0)
+    out = rows[:, None].to(tl.int64) * K + column
+    tl.store(ids_ptr + out, ids, mask=used)
+    tl.store(weights_ptr + out, weight, mask=used)
+
+    if SORT != "none":
+        local = expert - first_local
+        is_local = is_expert & (local >= 0) & (local < num_local)
+        mine = (is_local & (key == TAKEN) & is_row[:, None, None]).to(tl.int32)
+        count = tl.sum(mine, 0)
+        local_1 = tl.reshape(local, [J, W])
+        is_local_1 = tl.reshape(is_local, [J, W])
+        if SORT == "count":
+            at = chunk_counts_ptr + program.to(tl.int64) * num_local + local_1
+            tl.store(at, count.to(tl.uint8), mask=is_local_1)
+        else:
+            padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
+            flat = tl.reshape(padded, [J * W])
+            start_flat = tl.cumsum(flat, 0) - flat
+            start = tl.reshape(start_flat, [J, W])
+            earlier = tl.cumsum(mine, 0) - mine
+            token_slot = rows[:, None, None] * K + slot
+            tl.store(slots_ptr + start[None, :, :] + earlier, token_slot, mask=mine != 0)
+            tl.store(counts_ptr + local_1, count, mask=is_local_1)
+            tl.store(offsets_ptr + local_1, start, mask=is_local_1)
+            tl.store(offsets_ptr + num_local, tl.sum(flat, 0))
+            is_local_flat = tl.reshape(is_local_1, [J * W])
+            write_blocks(
+                slots_ptr,
+                block_experts_ptr,
+                tl.reshape(count, [J * W]),
+                start_flat,
+                is_local_flat,
+                0,
+                num_blocks,
+                num_blocks,
+                num_tokens * K,
+                BLOCK,
+                BLOCK_TILE,
+            )

@@ -1,0 +1,300 @@
+"""Routing times on this machine's GPU, in CUDA graphs: the fused kernel, its parts, and its peers.
+
+    python -m tests.gpu.bench_routing [--json FILE] [--flashinfer-library FILE] [--sweep]
+
+Microseconds per call: a graph of CALLS calls one after the other is replayed, and the median of
+its replays divided by CALLS. Every side is captured and timed alike, in one process, on the same
+logits. `--sweep` times the fused kernel's tiles instead, from which the launch table is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol, cast
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe import (
+    BiasRule,
+    DeepSeekV3,
+    Default,
+    GroupedSoftmax,
+    InKernel,
+    Llama4,
+    MiniMax2,
+    Refused,
+    Renormalize,
+    RenormalizeNaive,
+    RoutingShape,
+    RoutingStrategy,
+    SigmoidRenorm,
+    SqrtSoftplus,
+)
+from typed_moe.kernels import FusedRouting, SortRequest, fused_routing, sort_slots
+from typed_moe.kernels.reference import REFERENCE_RULES
+
+CALLS = 20
+REPLAYS = 30
+BLOCK = 64
+TOKENS = (1, 8, 64, 512, 4096, 16384)
+
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """A router's shape."""
+
+    name: str
+    strategy: RoutingStrategy
+    num_experts: int
+    top_k: int
+
+    @property
+    def shape(self) -> RoutingShape:
+        """E and k."""
+        return RoutingShape(num_experts=self.num_experts, top_k=self.top_k)
+
+
+MODELS = (
+    Model(name="Qwen3-30B-A3B", strategy=RenormalizeNaive(), num_experts=128, top_k=8),
+    Model(name="Qwen3-Next-80B-A3B", strategy=RenormalizeNaive(), num_experts=512, top_k=10),
+    Model(
+        name="DeepSeek-V3",
+        strategy=DeepSeekV3(num_expert_group=8, topk_group=4, routed_scaling_factor=2.5),
+        num_experts=256,
+        top_k=8,
+    ),
+    Model(
+        name="Kimi-K2",
+        strategy=DeepSeekV3(routed_scaling_factor=2.827),
+        num_experts=384,
+        top_k=8,
+    ),
+    Model(name="Llama4-Scout", strategy=Llama4(), num_experts=16, top_k=1),
+    Model(name="Llama4-Maverick", strategy=Llama4(), num_experts=128, top_k=1),
+    Model(name="gpt-oss-120b", strategy=Renormalize(), num_experts=128, top_k=4),
+    Model(name="GLM-4.5-Air", strategy=DeepSeekV3(), num_experts=128, top_k=8),
+    Model(name="OLMoE-1B-7B", strategy=Default(), num_experts=64, top_k=8),
+    Model(name="MiniMax-M2", strategy=MiniMax2(), num_experts=256, top_k=8),
+    Model(
+        name="DeepSeek-V2",
+        strategy=GroupedSoftmax(
+            num_expert_group=8,
+            topk_group=3,
+            group_score="max",
+            norm_topk_prob=False,
+            routed_scaling_factor=16.0,
+        ),
+        num_experts=160,
+        top_k=6,
+    ),
+    Model(name="DeepSeek-V4 shape", strategy=SqrtSoftplus(), num_experts=256, top_k=6),
+    Model(name="sigmoid, renormalised", strategy=SigmoidRenorm(), num_experts=128, top_k=8),
+    Model(name="2048 experts", strategy=Renormalize(), num_experts=2048, top_k=32),
+)
+"""The issue's shapes, one of every other method, and the largest size."""
+
+
+def inputs(model: Model, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """float32 logits (T, E) and the bias (E,), if it reads one."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    logits = 2.0 * torch.randn(tokens, model.num_experts, device="cuda", generator=generator)
+    bias = 0.1 * torch.randn(model.num_experts, device="cuda", generator=generator)
+    return logits, bias if model.strategy.bias is BiasRule.REQUIRED else None
+
+
+def in_graph(call: Callable[[], object]) -> float:
+    """Median microseconds per call."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for _ in range(CALLS)]
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000.0 / CALLS)
+    del kept
+    return statistics.median(times)
+
+
+def made(model: Model) -> FusedRouting:
+    """The model's strategy on the fused kernel, with logits of any dtype."""
+    strategy = model.strategy
+    if isinstance(strategy, DeepSeekV3):
+        strategy = attrs.evolve(strategy, router_logits_dtype=None)
+    fused = fused_routing(strategy, shape=model.shape, device=torch.device("cuda"))
+    if isinstance(fused, Refused):
+        raise SystemExit(f"{model.name}: {fused.reason}")
+    return fused
+
+
+class _Chosen(Protocol):
+    ids: Tensor
+
+
+FlashInfer = Callable[[InKernel, Tensor, Tensor | None, int], _Chosen]
+
+
+def flashinfer(library: Path) -> FlashInfer:
+    """FlashInfer's own routing kernels, compiled for this card: see docs/verify.md."""
+    kernels = importlib.import_module("tests.conformance.kernels")
+    load = cast("Callable[[Path], FlashInfer]", vars(kernels)["load"])
+    return load(library)
+
+
+def flashinfer_call(
+    kernel: FlashInfer, model: Model, logits: Tensor, bias: Tensor | None
+) -> Callable[[], object] | str:
+    """FlashInfer's routing of the same rows, or its refusal."""
+    told = model.strategy.in_kernel(model.shape, REFERENCE_RULES)
+    if isinstance(told, Refused):
+        return "no such method"
+    if bias is not None:
+        bias = bias.bfloat16() if (told.n_group or 1) > 1 else bias
+
+    def call() -> object:
+        return kernel(told, logits, bias, model.top_k)
+
+    try:
+        call()
+        torch.cuda.synchronize()
+    except RuntimeError as refused:
+        return str(refused).strip().splitlines()[-1]
+    return call
+
+
+def row(model: Model, tokens: int, kernel: FlashInfer | None) -> dict[str, float | int | str]:
+    """Every side's time for one shape and T."""
+    logits, bias = inputs(model, tokens)
+    half = logits.bfloat16()
+    fused = made(model)
+    request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
+    ids = fused(logits, bias).topk_ids
+    strategy = model.strategy
+
+    def topk_softmax() -> object:
+        return torch.softmax(torch.topk(logits, model.top_k, dim=-1).values, dim=-1)
+
+    timed: dict[str, float | int | str] = {
+        "model": model.name,
+        "strategy": strategy.name,
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "tokens": tokens,
+        "route": in_graph(lambda: fused(logits, bias)),
+        "route_bf16": in_graph(lambda: fused(half, bias)),
+        "route_and_slots": in_graph(lambda: fused.with_slots(logits, bias, request)),
+        "sort_slots": in_graph(lambda: sort_slots(ids, request)),
+        "topk_softmax": in_graph(topk_softmax),
+        "select_experts": in_graph(
+            lambda: strategy.select_experts(logits, bias, shape=model.shape)
+        ),
+        "rows_changed_by_bf16": _changed(fused(half, bias).topk_ids, ids),
+    }
+    if kernel is not None:
+        call = flashinfer_call(kernel, model, logits, bias)
+        timed["flashinfer"] = call if isinstance(call, str) else in_graph(call)
+    return timed
+
+
+def _changed(first: Tensor, second: Tensor) -> int:
+    """Rows whose sets of experts differ."""
+    return int((first.sort(1).values != second.sort(1).values).any(1).sum())
+
+
+SWEPT = ("Qwen3-30B-A3B", "Qwen3-Next-80B-A3B", "DeepSeek-V3", "Llama4-Maverick", "2048 experts")
+
+
+def sweep() -> Iterator[dict[str, float | int | str | bool]]:
+    """The fused kernel's time for every tile, and for sorting in one launch or two."""
+    launch = importlib.import_module("typed_moe.kernels._triton_launch")
+    for model in MODELS:
+        if model.name not in SWEPT:
+            continue
+        fused = made(model)
+        request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
+        large = model.num_experts >= 1024
+        for rows, width, more in itertools.product((1, 2, 4, 8, 16, 32), (8, 32), (1, 4)):
+            warps = max(1, rows * width // 32) * more
+            if warps > 16 or (more > 1 and not (large or rows == 1)) or (large and width == 8):
+                continue
+            for tokens in TOKENS:
+                logits, bias = inputs(model, tokens)
+                base = {"rows": rows, "width": width, "warps": warps}
+                said = {"model": model.name, "tokens": tokens, **base}
+                tile = launch.Tile(**base, whole=0)
+                timed = in_graph(lambda: launch.route(fused.settings, logits, bias, None, tile))
+                yield {**said, "what": "route", "us": timed}
+                if rows == 1 and tokens > 1:
+                    continue
+                for overlap in (False, True):
+                    tile = launch.Tile(**base, whole=0, overlap=overlap)
+                    timed = in_graph(
+                        lambda: launch.route(fused.settings, logits, bias, request, tile)
+                    )
+                    yield {**said, "what": "two launches", "overlap": overlap, "us": timed}
+                if tokens <= 16 and rows == tokens:
+                    tile = launch.Tile(**base, whole=tokens)
+                    timed = in_graph(
+                        lambda: launch.route(fused.settings, logits, bias, request, tile)
+                    )
+                    yield {**said, "what": "one launch", "us": timed}
+
+
+def main() -> None:
+    """Print a table, or the sweep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--flashinfer-library", type=Path)
+    parser.add_argument("--sweep", action="store_true")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("needs a CUDA device; there is none on this machine")
+    triton = importlib.import_module("triton")
+    device = (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
+        f"{vars(triton)['__version__']}, Python {platform.python_version()}"
+    )
+    print(device)
+    found: list[dict[str, float | int | str]] = []
+    if options.sweep:
+        for one in sweep():
+            found.append(dict(one))
+            _print(found)
+    else:
+        library = options.flashinfer_library
+        kernel = None if library is None else flashinfer(library)
+        for model, tokens in itertools.product(MODELS, TOKENS):
+            found.append(row(model, tokens, kernel))
+            _print(found)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"device": device, "rows": found}, indent=1))
+
+
+def _print(found: list[dict[str, float | int | str]]) -> None:
+    """The last row; its columns' names where they are new."""
+    last = found[-1]
+    if len(found) == 1 or found[-2].keys() != last.keys():
+        print("\t".join(last))
+    print("\t".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in last.values()))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

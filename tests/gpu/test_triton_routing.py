@@ -1,0 +1,191 @@
+"""The fused routing kernel on a CUDA device: against the oracle, the strategies and itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.acceptance import checks
+from tests.acceptance.cases import CASES, Case, loosened, sized
+from tests.acceptance.routes import fused_kernel
+from tests.kernels.slots import expect_sorted
+from typed_moe import RoutingShape
+from typed_moe.kernels import FusedRouting, SortRequest, fused_routing, sort_slots
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+    pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="Triton's interpreter is on"),
+]
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+TOKENS = (1, 2, 7, 64, 300, 4096)
+SIZES = ((8, 2), (60, 4), (128, 1), (160, 6), (257, 8), (512, 22), (896, 16), (2048, 32))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """Fresh memory is NaN and large integers, so that nothing left over passes for a result."""
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    assert bool(torch.empty(7, device="cuda").isnan().all())
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
+
+def _fused(case: Case) -> FusedRouting:
+    shape = RoutingShape(num_experts=case.num_experts, top_k=case.top_k)
+    made = fused_routing(case.strategy, shape=shape, device=torch.device("cuda"))
+    assert isinstance(made, FusedRouting), made
+    return made
+
+
+def _cuda(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cuda()
+
+
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [
+        pytest.param(case, number, id=f"{case.id}-{number}")
+        for case in CASES
+        for number in checks.checks_for(case)
+    ],
+)
+def test_acceptance(case: Case, number: str) -> None:
+    """The acceptance list's checks, 01 to 17 and 52 among them."""
+    checks.checks_for(case)[number](case, fused_kernel)
+
+
+@every
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_equals_the_oracle(case: Case, tokens: int) -> None:
+    """Gate-like logits at every T: decided rows' experts and every row's weights."""
+    checks.check_selection(case, fused_kernel, torch.randn(tokens, case.num_experts), case.bias())
+
+
+@every
+@pytest.mark.parametrize(("num_experts", "top_k"), SIZES)
+def test_every_size(case: Case, num_experts: int, top_k: int) -> None:
+    """What FlashInfer's tables refuse too: 2048 experts, top_k 32, any number of experts."""
+    groups = case.rule.num_expert_group
+    top_k = 1 if case.id == "Llama4" else top_k
+    if num_experts % groups or num_experts // groups * case.rule.topk_group < top_k:
+        pytest.skip(f"{num_experts} experts and top_k {top_k} do not fit {groups} groups")
+    if num_experts // groups < 2:
+        pytest.skip("a group is scored by its two best")
+    case = sized(case, num_experts, top_k)
+    logits = torch.randn(70, num_experts) * 2
+    checks.check_selection(case, fused_kernel, logits, case.bias(), least_decided=0.1)
+
+
+@every
+def test_equals_the_strategy_on_the_card(case: Case) -> None:
+    """Bit for bit the same experts as `select_experts` there, on all but a handful of rows."""
+    logits = (torch.randn(4096, case.num_experts) * 2).cuda()
+    bias = _cuda(case.bias())
+    shape = RoutingShape(num_experts=case.num_experts, top_k=case.top_k)
+    strategy = case.strategy.select_experts(logits, bias, shape=shape)
+    fused = _fused(case)(logits, bias)
+    same = (strategy.topk_ids == fused.topk_ids).all(1)
+    # A softmax over all experts is summed in another order: scores that differ by a bit may swap.
+    allowed = 8 if case.rule.rank == "softmax" and case.rule.num_expert_group > 1 else 0
+    assert int((~same).sum()) <= allowed
+    torch.testing.assert_close(
+        fused.topk_weights[same], strategy.topk_weights[same], rtol=2e-6, atol=0.0
+    )
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_strides(case: Case, dtype: torch.dtype) -> None:
+    """Logits of any dtype in a wider tensor, bias in bfloat16, give what float32 copies give."""
+    fused = _fused(loosened(case))
+    wide = torch.full((33, case.num_experts + 5), 50.0, device="cuda", dtype=dtype)
+    wide[:, : case.num_experts] = torch.randn(33, case.num_experts, device="cuda")
+    view = wide[:, : case.num_experts]
+    bias = _cuda(case.bias())
+    bias = None if bias is None else bias.bfloat16()
+    narrow = fused(view, bias)
+    copy = fused(view.float().contiguous(), None if bias is None else bias.float())
+    assert torch.equal(narrow.topk_ids, copy.topk_ids)
+    assert torch.equal(narrow.topk_weights, copy.topk_weights)
+
+
+@every
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 50, 700, 5000])
+def test_slots(case: Case, tokens: int) -> None:
+    """Slots sorted by expert, stable, padded; of a rank in the middle and of all experts."""
+    fused, experts = _fused(case), case.num_experts
+    logits, bias = torch.randn(tokens, experts, device="cuda"), _cuda(case.bias())
+    for first, count, block in ((0, experts, 16), (experts // 4, experts // 2, 64), (3, 5, 1)):
+        request = SortRequest(first_local=first, num_local=count, block_size=block)
+        routed, slots = fused.with_slots(logits, bias, request)
+        alone = fused(logits, bias)
+        assert torch.equal(routed.topk_ids, alone.topk_ids)
+        assert torch.equal(routed.topk_weights, alone.topk_weights)
+        expect_sorted(slots, routed.topk_ids.cpu(), request)
+        expect_sorted(sort_slots(routed.topk_ids, request), routed.topk_ids.cpu(), request)
+        again = fused.with_slots(logits, bias, request)[1]
+        assert torch.equal(again.slots, slots.slots)
+
+
+@every
+@pytest.mark.parametrize("tokens", [8, 200])
+def test_acceptance_43_replay_equals_eager(case: Case, tokens: int) -> None:
+    """A graph captured at T, replayed with fewer real rows and garbage behind them."""
+    fused = _fused(case)
+    request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
+    static, bias = torch.randn(tokens, case.num_experts, device="cuda"), _cuda(case.bias())
+    fused.with_slots(static, bias, request)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, slots = fused.with_slots(static, bias, request)
+        alone = fused(static, bias)
+    fresh = torch.randn(tokens, case.num_experts, device="cuda")
+    fresh[-3], fresh[-2], fresh[-1] = torch.nan, torch.inf, -torch.inf
+    static.copy_(fresh)
+    captured.topk_weights.fill_(torch.nan)
+    captured.topk_ids.fill_(-7)
+    graph.replay()
+    eager = fused(fresh, bias)
+    real = fused(fresh[:-3].clone(), bias)
+    assert torch.equal(captured.topk_ids, eager.topk_ids)
+    assert torch.equal(captured.topk_weights, eager.topk_weights)
+    assert torch.equal(alone.topk_weights, eager.topk_weights)
+    assert torch.equal(captured.topk_ids[:-3], real.topk_ids)
+    assert torch.equal(captured.topk_weights[:-3], real.topk_weights)
+    assert bool((captured.topk_weights[[-3, -1]] == 0).all())
+    expect_sorted(slots, captured.topk_ids.cpu(), request)
+
+
+@every
+def test_acceptance_57_torch_compile(case: Case) -> None:
+    """`fullgraph=True`, dynamic T: the same bits as the eager call."""
+    fused = _fused(case)
+    bias = _cuda(case.bias())
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def compiled(logits: Tensor) -> tuple[Tensor, Tensor]:
+        routed = fused(logits * 1.0, bias)
+        return routed.topk_ids, routed.topk_weights
+
+    for tokens in (4, 9):
+        logits = torch.randn(tokens, case.num_experts, device="cuda")
+        ids, weights = compiled(logits)
+        eager = fused(logits, bias)
+        assert torch.equal(ids, eager.topk_ids)
+        assert torch.equal(weights, eager.topk_weights)
+
+
+def test_no_tokens() -> None:
+    """T = 0 launches nothing and gives empty results."""
+    case = CASES[0]
+    fused = _fused(case)
+    request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
+    routed, slots = fused.with_slots(torch.empty(0, case.num_experts, device="cuda"), None, request)
+    assert routed.topk_ids.shape == (0, case.top_k)
+    assert slots.slots.numel() == 0
+    assert int(slots.counts.sum()) == int(slots.offsets.sum()) == 0

@@ -1,0 +1,91 @@
+"""The fused routing kernel's logic in Triton's interpreter, on small shapes. No GPU.
+
+`tests/gpu/test_triton_routing.py` has the same kernel compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from tests.acceptance import checks
+from tests.acceptance.cases import CASES, Case, find, sized
+from tests.acceptance.routes import fused_kernel
+from tests.kernels.slots import expect_sorted
+from typed_moe import RoutingShape
+from typed_moe.kernels import FusedRouting, SortRequest, fused_routing, sort_slots
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed here"
+    ),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not on"
+    ),
+    # NumPy says that exp(200) is infinite; so it is on a card, which does not say it.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+CPU = torch.device("cpu")
+
+
+def _fused(case: Case) -> FusedRouting:
+    shape = RoutingShape(num_experts=case.num_experts, top_k=case.top_k)
+    made = fused_routing(case.strategy, shape=shape, device=CPU)
+    assert isinstance(made, FusedRouting), made
+    return made
+
+
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [
+        pytest.param(case, number, id=f"{case.id}-{number}")
+        for case in CASES
+        for number in checks.checks_for(case)
+    ],
+)
+def test_acceptance(case: Case, number: str) -> None:
+    """The acceptance list's checks."""
+    checks.checks_for(case)[number](case, fused_kernel)
+
+
+@every
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9, 50])
+def test_slots(case: Case, tokens: int) -> None:
+    """Slots sorted by expert, stable, padded: in one launch, in two, and from ids alone."""
+    fused, experts = _fused(case), case.num_experts
+    logits, bias = torch.randn(tokens, experts), case.bias()
+    for first, count, block in ((0, experts, 16), (experts // 4, experts // 2, 64), (3, 5, 1)):
+        request = SortRequest(first_local=first, num_local=count, block_size=block)
+        routed, slots = fused.with_slots(logits, bias, request)
+        alone = fused(logits, bias)
+        assert torch.equal(routed.topk_ids, alone.topk_ids)
+        assert torch.equal(routed.topk_weights, alone.topk_weights)
+        expect_sorted(slots, routed.topk_ids, request)
+        expect_sorted(sort_slots(routed.topk_ids, request), routed.topk_ids, request)
+
+
+def test_slots_of_padding() -> None:
+    """Ids of -1, as a strategy of one's own gives them for padding, are in no place."""
+    ids = torch.randint(0, 16, (40, 4))
+    ids[30:] = -1
+    ids[3, 1] = -1
+    for request in (
+        SortRequest(first_local=0, num_local=16, block_size=8),
+        SortRequest(first_local=12, num_local=4, block_size=32),
+    ):
+        expect_sorted(sort_slots(ids, request), ids, request)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (8, 8), (61, 5), (600, 32)])
+@pytest.mark.parametrize("case_id", ["Default", "SqrtSoftplus", "SigmoidRenorm"])
+def test_sizes(case_id: str, num_experts: int, top_k: int) -> None:
+    """All experts, one expert, and counts that are no power of two."""
+    case = sized(find(case_id), num_experts, top_k)
+    logits = torch.randn(9, num_experts)
+    checks.check_selection(case, fused_kernel, logits, case.bias(), least_decided=0.2)
