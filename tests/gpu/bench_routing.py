@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 import attrs
@@ -220,40 +221,57 @@ def _changed(first: Tensor, second: Tensor) -> int:
 SWEPT = ("Qwen3-30B-A3B", "Qwen3-Next-80B-A3B", "DeepSeek-V3", "Llama4-Maverick", "2048 experts")
 
 
-def sweep() -> Iterator[dict[str, float | int | str | bool]]:
+@attrs.frozen(kw_only=True)
+class Tiles:
+    """The launch module, which needs Triton."""
+
+    launch: ModuleType
+    fused: FusedRouting
+
+    def time(
+        self, inputs: tuple[Tensor, Tensor | None], request: SortRequest | None, **tile: int
+    ) -> float:
+        """Microseconds with this tile."""
+        route, settings = vars(self.launch)["route"], self.fused.settings
+        chosen = vars(self.launch)["Tile"](**tile)
+        return in_graph(lambda: route(settings, *inputs, request, chosen))
+
+
+def sweep() -> Iterator[dict[str, float | int | str]]:
     """The fused kernel's time for every tile, and for sorting in one launch or two."""
     launch = importlib.import_module("typed_moe.kernels._triton_launch")
     for model in MODELS:
-        if model.name not in SWEPT:
+        if model.name in SWEPT:
+            yield from sweep_model(model, Tiles(launch=launch, fused=made(model)))
+
+
+def sweep_model(model: Model, tiles: Tiles) -> Iterator[dict[str, float | int | str]]:
+    """One model at every T."""
+    request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
+    large = model.num_experts >= 1024
+    for rows, width, more in itertools.product((1, 2, 4, 8, 16, 32), (8, 32), (1, 2, 4)):
+        warps = max(1, rows * width // 32) * more
+        if warps > 16 or (more > 1 and not (large or rows <= 8)) or (large and width == 8):
             continue
-        fused = made(model)
-        request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
-        large = model.num_experts >= 1024
-        for rows, width, more in itertools.product((1, 2, 4, 8, 16, 32), (8, 32), (1, 4)):
-            warps = max(1, rows * width // 32) * more
-            if warps > 16 or (more > 1 and not (large or rows == 1)) or (large and width == 8):
-                continue
-            for tokens in TOKENS:
-                logits, bias = inputs(model, tokens)
-                base = {"rows": rows, "width": width, "warps": warps}
-                said = {"model": model.name, "tokens": tokens, **base}
-                tile = launch.Tile(**base, whole=0)
-                timed = in_graph(lambda: launch.route(fused.settings, logits, bias, None, tile))
-                yield {**said, "what": "route", "us": timed}
-                if rows == 1 and tokens > 1:
-                    continue
-                for overlap in (False, True):
-                    tile = launch.Tile(**base, whole=0, overlap=overlap)
-                    timed = in_graph(
-                        lambda: launch.route(fused.settings, logits, bias, request, tile)
-                    )
-                    yield {**said, "what": "two launches", "overlap": overlap, "us": timed}
-                if tokens <= 16 and rows == tokens:
-                    tile = launch.Tile(**base, whole=tokens)
-                    timed = in_graph(
-                        lambda: launch.route(fused.settings, logits, bias, request, tile)
-                    )
-                    yield {**said, "what": "one launch", "us": timed}
+        base = {"rows": rows, "width": width, "warps": warps}
+        for tokens in TOKENS:
+            given = inputs(model, tokens)
+            said = {"model": model.name, "tokens": tokens, **base}
+            if more == 1 or large:
+                yield {**said, "what": "route", "us": tiles.time(given, None, **base, whole=0)}
+                for overlap in (0, 1) if rows > 1 or tokens == 1 else ():
+                    us = tiles.time(given, request, **base, whole=0, overlap=overlap)
+                    yield {**said, "what": f"two launches, overlap {overlap}", "us": us}
+        if rows <= 16 and not (large and rows > 2):
+            given = inputs(model, rows)
+            us = tiles.time(given, request, **base, whole=rows)
+            yield {
+                "model": model.name,
+                "tokens": rows,
+                **base,
+                "what": "one launch",
+                "us": us,
+            }
 
 
 def main() -> None:

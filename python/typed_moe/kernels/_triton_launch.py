@@ -33,7 +33,7 @@ class Tile:
         width: lanes that share a row (W of the kernel).
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
-        overlap: programmatic dependent launch: the second launch starts while the first one runs,
+        overlap: 1 for programmatic dependent launch: the second launch starts while the first one runs,
             and waits before it reads. Compute capability 9.0 and above.
         place_warps: of a program of the second launch.
         place_programs: of the second launch, at most.
@@ -43,7 +43,7 @@ class Tile:
     width: int = _LANES
     warps: int
     whole: int = 8
-    overlap: bool = False
+    overlap: int = 0
     place_warps: int = 8
     place_programs: int = 128
 
@@ -64,7 +64,7 @@ def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
     """Rows and warps for a call."""
     del num_tokens
     if settings.places >= 1024:
-        return Tile(rows=4, warps=8, whole=2)
+        return Tile(rows=4, warps=16, whole=1)
     rows = 8 if settings.top_k > 16 else 16
     return Tile(rows=rows, warps=rows)
 
@@ -92,7 +92,7 @@ def route(
     slots = _empty_slots(sort, tokens * top_k, logits.device)
     if tokens <= tile.whole:
         rows = power_of_two(tokens)
-        warps = max(1, min(tile.warps, rows * tile.width // _LANES))
+        warps = max(1, tile.warps * rows // tile.rows)
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
     chunks = triton.cdiv(tokens, tile.rows)
@@ -138,7 +138,7 @@ def _route(
     settings, logits, rule = call.settings, call.logits, call.settings.rule
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
-    overlap = tile.overlap and mode == "count"
+    overlap = tile.overlap if mode == "count" else 0
     whole = slots if mode == "whole" else None
     route_kernel[(triton.cdiv(logits.shape[0], tile.rows),)](
         logits,
@@ -177,7 +177,7 @@ def _route(
         BLOCK=1 if whole is None else whole.block_size,
         BLOCK_TILE=4,
         DEVICE=not INTERPRETED,
-        PDL=overlap,
+        PDL=overlap != 0,
         num_warps=tile.warps,
     )
 
@@ -212,7 +212,7 @@ def _place(
         TILE=max(1, min(power_of_two(chunks), 8192 // local_pad)),
         BLOCK=slots.block_size,
         BLOCK_TILE=4,
-        PDL=tile.overlap,
+        PDL=tile.overlap != 0,
         num_warps=tile.place_warps,
         **options,
     )
