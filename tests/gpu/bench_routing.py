@@ -251,7 +251,12 @@ def sweep_model(model: Model, tiles: Tiles) -> Iterator[dict[str, float | int | 
     large = model.num_experts >= 1024
     for rows, width, more in itertools.product((1, 2, 4, 8, 16, 32), (8, 32), (1, 2, 4)):
         warps = max(1, rows * width // 32) * more
-        if warps > 16 or (more > 1 and not (large or rows <= 8)) or (large and width == 8):
+        if (
+            rows * model.top_k > 512
+            or warps > 16
+            or (more > 1 and not (large or rows <= 8))
+            or (large and width == 8)
+        ):
             continue
         base = {"rows": rows, "width": width, "warps": warps}
         for tokens in TOKENS:

@@ -208,6 +208,7 @@ def _place(
         CHUNK=chunk,
         CHUNK_PAD=power_of_two(chunk),
         CHUNKS=per_program,
+        OTHERS=min(32, power_of_two(chunk)),
         L_PAD=local_pad,
         TILE=max(1, min(power_of_two(chunks), 8192 // local_pad)),
         BLOCK=slots.block_size,

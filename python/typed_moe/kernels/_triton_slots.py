@@ -85,6 +85,7 @@ def place_kernel(
     CHUNK: tl.constexpr,
     CHUNK_PAD: tl.constexpr,
     CHUNKS: tl.constexpr,
+    OTHERS: tl.constexpr,
     L_PAD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,15 +126,13 @@ def place_kernel(
         mine = tl.load(ids_ptr + slot, mask=is_slot, other=-1) - first_local
         placed = is_slot & (mine >= 0) & (mine < num_local)
         mine = tl.where(placed, mine, 0)
-        other_slot = tl.arange(0, CHUNK_PAD)
-        other = tl.load(
-            ids_ptr + first_slot + other_slot,
-            mask=(other_slot < CHUNK) & (first_slot + other_slot < num_slots),
-            other=-1,
-        )
-        other = other - first_local
-        same = (other[None, :] == mine[:, None]) & (other_slot[None, :] < one[:, None])
-        rank = tl.sum(same.to(tl.int32), 1)
+        rank = tl.zeros([CHUNK_PAD], tl.int32)
+        for near in range(0, CHUNK_PAD, OTHERS):
+            place = near + tl.arange(0, OTHERS)
+            is_other = (place < CHUNK) & (first_slot + place < num_slots)
+            other = tl.load(ids_ptr + first_slot + place, mask=is_other, other=-1) - first_local
+            same = (other[None, :] == mine[:, None]) & (place[None, :] < one[:, None])
+            rank += tl.sum(same.to(tl.int32), 1)
         tl.store(slots_ptr + tl.gather(next_place, mine, 0) + rank, slot, mask=placed)
         if CHUNKS > 1:
             chunk_at = chunk_counts_ptr + (first_chunk + step).to(tl.int64) * num_local + local
