@@ -46,6 +46,8 @@ from typed_moe.kernels.reference import REFERENCE_RULES
 
 CALLS = 20
 REPLAYS = 30
+Row = dict[str, float | int | str]
+"""One line of a table."""
 BLOCK = 64
 TOKENS = (1, 8, 64, 512, 4096, 16384)
 
@@ -123,12 +125,14 @@ def in_graph(call: Callable[[], object]) -> float:
         kept = [call() for _ in range(CALLS)]
     times = []
     for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000.0 / CALLS)
+        milliseconds = float(start.elapsed_time(end))
+        times.append(milliseconds * 1000.0 / CALLS)
     del kept
     return statistics.median(times)
 
@@ -179,7 +183,7 @@ def flashinfer_call(
     return call
 
 
-def row(model: Model, tokens: int, kernel: FlashInfer | None) -> dict[str, float | int | str]:
+def row(model: Model, tokens: int, kernel: FlashInfer | None) -> Row:
     """Every side's time for one shape and T."""
     logits, bias = inputs(model, tokens)
     half = logits.bfloat16()
@@ -191,7 +195,7 @@ def row(model: Model, tokens: int, kernel: FlashInfer | None) -> dict[str, float
     def topk_softmax() -> object:
         return torch.softmax(torch.topk(logits, model.top_k, dim=-1).values, dim=-1)
 
-    timed: dict[str, float | int | str] = {
+    timed: Row = {
         "model": model.name,
         "strategy": strategy.name,
         "num_experts": model.num_experts,
@@ -237,7 +241,7 @@ class Tiles:
         return in_graph(lambda: route(settings, *inputs, request, chosen))
 
 
-def sweep() -> Iterator[dict[str, float | int | str]]:
+def sweep() -> Iterator[Row]:
     """The fused kernel's time for every tile, and for sorting in one launch or two."""
     launch = importlib.import_module("typed_moe.kernels._triton_launch")
     for model in MODELS:
@@ -245,7 +249,7 @@ def sweep() -> Iterator[dict[str, float | int | str]]:
             yield from sweep_model(model, Tiles(launch=launch, fused=made(model)))
 
 
-def sweep_model(model: Model, tiles: Tiles) -> Iterator[dict[str, float | int | str]]:
+def sweep_model(model: Model, tiles: Tiles) -> Iterator[Row]:
     """One model at every T."""
     request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
     large = model.num_experts >= 1024
@@ -261,7 +265,7 @@ def sweep_model(model: Model, tiles: Tiles) -> Iterator[dict[str, float | int | 
         base = {"rows": rows, "width": width, "warps": warps}
         for tokens in TOKENS:
             given = inputs(model, tokens)
-            said = {"model": model.name, "tokens": tokens, **base}
+            said: Row = {"model": model.name, "tokens": tokens, **base}
             if more == 1 or large:
                 yield {**said, "what": "route", "us": tiles.time(given, None, **base, whole=0)}
                 for overlap in (0, 1) if rows > 1 or tokens == 1 else ():
@@ -294,7 +298,7 @@ def main() -> None:
         f"{vars(triton)['__version__']}, Python {platform.python_version()}"
     )
     print(device)
-    found: list[dict[str, float | int | str]] = []
+    found: list[Row] = []
     if options.sweep:
         for one in sweep():
             found.append(dict(one))
@@ -309,7 +313,7 @@ def main() -> None:
         options.json.write_text(json.dumps({"device": device, "rows": found}, indent=1))
 
 
-def _print(found: list[dict[str, float | int | str]]) -> None:
+def _print(found: list[Row]) -> None:
     """The last row; its columns' names where they are new."""
     last = found[-1]
     if len(found) == 1 or found[-2].keys() != last.keys():

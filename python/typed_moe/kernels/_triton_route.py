@@ -195,7 +195,8 @@ def route_kernel(
     ).to(tl.float32)
 
     # 2: there is a NaN. 0: nothing above -inf. Both are routed as zeros and weigh 0.
-    state = row_max(tl.where(x == x, tl.where(x > -float("inf"), 1, 0), 2))
+    is_number = x == x  # noqa: PLR0124 - NaN
+    state = row_max(tl.where(is_number, tl.where(x > -float("inf"), 1, 0), 2))
     usable = state == 1
     x = tl.where(is_expert, tl.where(usable[:, None, None], x, 0.0), -float("inf"))
     top = tl.zeros([ROWS], tl.float32)
@@ -264,7 +265,7 @@ def route_kernel(
                 tl.reshape(count, [J * W]),
                 start_flat,
                 is_local_flat,
-                0,
+                program,
                 num_blocks,
                 num_blocks,
                 num_tokens * K,

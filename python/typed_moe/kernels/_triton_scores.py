@@ -70,7 +70,7 @@ def key_of(x: tl.tensor) -> tl.tensor:
     """int32 in the order of the float32 numbers: -0 is 0, and NaN is above all, as in torch.sort."""
     bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & _LOW_BITS)
-    return tl.where(x == x, tl.where(x == 0.0, 0, key), _NAN)
+    return tl.where(x == x, tl.where(x == 0.0, 0, key), _NAN)  # noqa: PLR0124 - NaN
 
 
 @triton.jit

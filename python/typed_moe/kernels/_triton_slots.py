@@ -101,15 +101,15 @@ def place_kernel(
         gdc_wait()
     count = tl.zeros([L_PAD], tl.int32)
     before = tl.zeros([L_PAD], tl.int32)
-    base = 0
-    while base < num_chunks:
-        chunk = base + tl.arange(0, TILE)
+    left = num_chunks
+    while left > 0:
+        chunk = left - 1 - tl.arange(0, TILE)
         at = chunk_counts_ptr + chunk.to(tl.int64)[:, None] * num_local + local[None, :]
-        mask = (chunk < num_chunks)[:, None] & is_local[None, :]
+        mask = (chunk >= 0)[:, None] & is_local[None, :]
         some = tl.load(at, mask=mask, other=0).to(tl.int32)
         count += tl.sum(some, 0)
         before += tl.sum(tl.where((chunk < first_chunk)[:, None], some, 0), 0)
-        base += TILE
+        left -= TILE
     padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
     if program == 0:

@@ -1,0 +1,5 @@
+class runtime_knobs:
+    @property
+    def interpret(self) -> bool: ...
+
+runtime: runtime_knobs
