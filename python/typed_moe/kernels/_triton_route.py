@@ -120,6 +120,98 @@ def weights_of(
     return tl.where((tl.max(broken, 1) == 0)[:, None], weight, 0.0)
 
 
+@triton.jit
+def ranking_of(
+    x: tl.tensor,
+    is_expert: tl.tensor,
+    RANK: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """What orders the experts; a row's largest logit and its sum of exponentials, if either is read."""
+    top = tl.zeros([x.shape[0]], tl.float32)
+    total = top
+    if WEIGH == "softmax" or RANK == "softmax":
+        shown = tl.where(is_expert, x, -float("inf"))
+        top = row_max(shown)
+        raised = exp(shown - top[:, None, None], DEVICE)
+        total = tl.sum(tl.sum(raised, 1), 1)
+        if RANK == "softmax":
+            x = tl.div_rn(raised, tl.broadcast_to(total[:, None, None], raised.shape))
+    if RANK != "softmax":
+        x = score(x, RANK, DEVICE)
+    return x, top, total
+
+
+@triton.jit
+def take_best(
+    key: tl.tensor, expert: tl.tensor, K: tl.constexpr, K_PAD: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The K best of every row, one after the other.
+
+    Returns (ROWS, K_PAD) ids; the keys with `TAKEN` on the chosen ones; and which choice, 0 to
+    K - 1, each of those was.
+    """
+    column = tl.arange(0, K_PAD)[None, :]
+    ids = tl.zeros([key.shape[0], K_PAD], tl.int32)
+    choice = tl.zeros(key.shape, tl.int32)
+    for step in range(K):
+        best = row_max(key)
+        chosen = row_min(tl.where(key == best[:, None, None], expert, NO_EXPERT))
+        hit = expert == chosen[:, None, None]
+        key = tl.where(hit, TAKEN, key)
+        choice = tl.where(hit, step, choice)
+        ids = tl.where(column == step, chosen[:, None], ids)
+    return ids, key, choice
+
+
+@triton.jit
+def write_slots(
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    mine: tl.tensor,
+    slot: tl.tensor,
+    local: tl.tensor,
+    is_local: tl.tensor,
+    first_block: tl.tensor,
+    num_local: tl.tensor,
+    num_blocks: tl.tensor,
+    filler: tl.tensor,
+    BLOCK: tl.constexpr,
+    BLOCK_TILE: tl.constexpr,
+) -> None:
+    """The sorted slots of all rows, where one program has them all.
+
+    `mine` (ROWS, J, W): 1 where a row chose a local expert, whose slot is in `slot`. `local` and
+    `is_local` (J, W): the experts' local ids.
+    """
+    PLACES: tl.constexpr = mine.shape[1] * mine.shape[2]
+    count = tl.sum(mine, 0)
+    padded = tl.reshape((count + (BLOCK - 1)) // BLOCK * BLOCK, [PLACES])
+    start = tl.cumsum(padded, 0) - padded
+    start_tile = tl.reshape(start, count.shape)
+    earlier = tl.cumsum(mine, 0) - mine
+    tl.store(slots_ptr + tl.expand_dims(start_tile, 0) + earlier, slot, mask=mine != 0)
+    tl.store(counts_ptr + local, count, mask=is_local)
+    tl.store(offsets_ptr + local, start_tile, mask=is_local)
+    tl.store(offsets_ptr + num_local, tl.sum(padded, 0))
+    write_blocks(
+        slots_ptr,
+        block_experts_ptr,
+        tl.reshape(count, [PLACES]),
+        start,
+        tl.reshape(is_local, [PLACES]),
+        first_block,
+        num_blocks,
+        num_blocks,
+        filler,
+        BLOCK,
+        BLOCK_TILE,
+    )
+
+
 # `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
 # keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane.
 @triton.jit(
@@ -198,36 +290,19 @@ def route_kernel(
     is_number = x == x  # noqa: PLR0124 - NaN
     state = row_max(tl.where(is_number, tl.where(x > -float("inf"), 1, 0), 2))
     usable = state == 1
-    x = tl.where(is_expert, tl.where(usable[:, None, None], x, 0.0), -float("inf"))
-    top = tl.zeros([ROWS], tl.float32)
-    total = top
-    if WEIGH == "softmax" or RANK == "softmax":
-        top = row_max(x)
-        raised = exp(x - top[:, None, None], DEVICE)
-        total = tl.sum(tl.sum(raised, 1), 1)
-        if RANK == "softmax":
-            x = tl.div_rn(raised, tl.broadcast_to(total[:, None, None], raised.shape))
-    if RANK != "softmax":
-        x = score(x, RANK, DEVICE)
+    x = tl.where(usable[:, None, None], x, 0.0)
+    ranking, top, total = ranking_of(x, is_expert, RANK, WEIGH, DEVICE)
     if BIASED:
-        x = x + tl.load(bias_ptr + expert * bias_stride, mask=is_expert, other=0.0).to(tl.float32)
-    key = tl.where(is_expert, key_of(x), TAKEN)
+        bias = tl.load(bias_ptr + expert * bias_stride, mask=is_expert, other=0.0)
+        ranking += bias.to(tl.float32)
+    key = tl.where(is_expert, key_of(ranking), TAKEN)
     expert = tl.where(is_expert, expert, NO_EXPERT)
     if NUM_GROUPS > 1:
         key = keep_groups(key, expert, NUM_GROUPS, KEPT, TWO_BEST, G)
+    ids, key, choice = take_best(key, expert, K, K_PAD)
 
+    # The chosen logits again, from the cache: to carry them along would be a reduction per choice.
     column = tl.arange(0, K_PAD)[None, :]
-    ids = tl.zeros([ROWS, K_PAD], tl.int32)
-    slot = tl.zeros([ROWS, J, W], tl.int32)
-    for step in range(K):
-        best = row_max(key)
-        chosen = row_min(tl.where(key == best[:, None, None], expert, NO_EXPERT))
-        hit = expert == chosen[:, None, None]
-        key = tl.where(hit, TAKEN, key)
-        ids = tl.where(column == step, chosen[:, None], ids)
-        if SORT == "whole":
-            slot = tl.where(hit, step, slot)
-
     used = (column < K) & is_row[:, None]
     picked = tl.load(row_start[:, None] + ids, mask=used, other=0.0).to(tl.float32)
     picked = tl.where(usable[:, None], picked, 0.0)
@@ -238,35 +313,25 @@ def route_kernel(
     tl.store(weights_ptr + out, weight, mask=used)
 
     if SORT != "none":
-        local = expert - first_local
-        is_local = is_expert & (local >= 0) & (local < num_local)
-        mine = (is_local & (key == TAKEN) & is_row[:, None, None]).to(tl.int32)
-        count = tl.sum(mine, 0)
-        local_1 = tl.reshape(local, [J, W])
-        is_local_1 = tl.reshape(is_local, [J, W])
+        local = tl.reshape(expert - first_local, [J, W])
+        is_local = (local >= 0) & (local < num_local)
+        taken = (key == TAKEN) & is_row[:, None, None]
+        mine = (taken & tl.expand_dims(is_local, 0)).to(tl.int32)
         if SORT == "count":
-            at = chunk_counts_ptr + program.to(tl.int64) * num_local + local_1
-            tl.store(at, count.to(tl.uint8), mask=is_local_1)
+            at = chunk_counts_ptr + program.to(tl.int64) * num_local + local
+            tl.store(at, tl.sum(mine, 0).to(tl.uint8), mask=is_local)
         else:
-            padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
-            flat = tl.reshape(padded, [J * W])
-            start_flat = tl.cumsum(flat, 0) - flat
-            start = tl.reshape(start_flat, [J, W])
-            earlier = tl.cumsum(mine, 0) - mine
-            token_slot = rows[:, None, None] * K + slot
-            tl.store(slots_ptr + start[None, :, :] + earlier, token_slot, mask=mine != 0)
-            tl.store(counts_ptr + local_1, count, mask=is_local_1)
-            tl.store(offsets_ptr + local_1, start, mask=is_local_1)
-            tl.store(offsets_ptr + num_local, tl.sum(flat, 0))
-            is_local_flat = tl.reshape(is_local_1, [J * W])
-            write_blocks(
+            write_slots(
                 slots_ptr,
+                counts_ptr,
+                offsets_ptr,
                 block_experts_ptr,
-                tl.reshape(count, [J * W]),
-                start_flat,
-                is_local_flat,
+                mine,
+                rows[:, None, None] * K + choice,
+                local,
+                is_local,
                 program,
-                num_blocks,
+                num_local,
                 num_blocks,
                 num_tokens * K,
                 BLOCK,
