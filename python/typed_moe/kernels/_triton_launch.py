@@ -84,6 +84,7 @@ def route(
         return ids, weights, None if sort is None else _no_slots(sort, logits.device)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    bias = None if bias is None else bias.contiguous()
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
     tile = tile_of(settings, tokens) if tile is None else tile
     if sort is None:
@@ -152,7 +153,7 @@ def _route(
         None if whole is None else whole.block_experts,
         logits.shape[0],
         logits.stride(0),
-        0 if call.bias is None else call.bias.stride(0),
+        0,
         settings.scale,
         0 if slots is None else slots.first_local,
         0 if slots is None else slots.counts.shape[0],

@@ -213,12 +213,13 @@ def write_slots(
 
 
 # `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
-# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane.
+# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane. So does
+# `bias_offset`, which is 0.
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
         "row_stride",
-        "bias_stride",
+        "bias_offset",
         "first_local",
         "num_local",
         "num_blocks",
@@ -236,7 +237,7 @@ def route_kernel(
     block_experts_ptr: tl.tensor,
     num_tokens: tl.tensor,
     row_stride: tl.tensor,
-    bias_stride: tl.tensor,
+    bias_offset: tl.tensor,
     scale: tl.tensor,
     first_local: tl.tensor,
     num_local: tl.tensor,
@@ -293,7 +294,7 @@ def route_kernel(
     x = tl.where(usable[:, None, None], x, 0.0)
     ranking, top, total = ranking_of(x, is_expert, RANK, WEIGH, DEVICE)
     if BIASED:
-        bias = tl.load(bias_ptr + expert * bias_stride, mask=is_expert, other=0.0)
+        bias = tl.load(bias_ptr + bias_offset + expert, mask=is_expert, other=0.0)
         ranking += bias.to(tl.float32)
     key = tl.where(is_expert, key_of(ranking), TAKEN)
     expert = tl.where(is_expert, expert, NO_EXPERT)
