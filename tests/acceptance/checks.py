@@ -148,6 +148,43 @@ def check_05_tie_at_group_border(case: Case, route: Route) -> None:
     assert got == expected
 
 
+def check_06_saturated(sigmoid: Case, topk_sigmoid: Case, route: Route) -> None:
+    """Distinct logits of 18 to 90: sigmoids tie at 1, logits do not."""
+    logits = torch.linspace(18.0, 90.0, 256)[torch.randperm(256)].unsqueeze(0)
+    for case in (sigmoid, topk_sigmoid):
+        expected = oracle.route(case.rule, logits, None, case.top_k)
+        chosen = route(case, logits, None)
+        assert chosen.ids is not None
+        assert torch.equal(chosen.ids.sort(1).values, expected.ids.sort(1).values)
+        whole = oracle.dense(expected.ids, expected.weights, 256)
+        torch.testing.assert_close(chosen.dense, whole, atol=1e-6, rtol=0)
+    first, second = route(sigmoid, logits, None).ids, route(topk_sigmoid, logits, None).ids
+    assert first is not None
+    assert second is not None
+    assert first.sort(1).values.tolist() == [list(range(8))]
+    assert not torch.equal(first.sort(1).values, second.sort(1).values)
+
+
+def check_07_08_both_ends(case: Case, route: Route, low: float, high: float) -> None:
+    """sqrt(softplus) where float32's softplus underflows, and where its exponential overflows."""
+    for row in range(8):
+        width = 0.5 if high - low > 2 else 0.01
+        start = low + (high - low - width) * row / 7
+        logits = torch.linspace(start, start + width, 256)[torch.randperm(256)].unsqueeze(0)
+        chosen = route(case, logits, torch.zeros(256))
+        expected = logits[0].argsort(descending=True)[:6]
+        assert chosen.ids is not None
+        if width == 0.5:
+            assert set(chosen.ids[0].tolist()) == set(expected.tolist())
+        softplus = torch.nn.functional.softplus(logits.double(), threshold=1e4)
+        scores = softplus.sqrt()[0][chosen.ids[0]]
+        weights = 1.5 * scores / (scores.sum() + 1e-20)
+        got = chosen.dense[0][chosen.ids[0]]
+        torch.testing.assert_close(got, weights, atol=0, rtol=1e-5)
+        if low > -80:
+            torch.testing.assert_close(got.sum(), torch.tensor(1.5).double(), atol=0, rtol=1e-5)
+
+
 def check_09_high_ids(case: Case, route: Route) -> None:
     """The winners are all among the experts from 256 on."""
     case = sized(case, 512, min(10, case.top_k + 2) if case.top_k > 1 else 1)

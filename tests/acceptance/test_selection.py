@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import oracle
 from tests.acceptance import checks
 from tests.acceptance.cases import CASES, Case, find, sized
 from tests.acceptance.routes import Route, direct, fused, in_kernel, routes
@@ -84,24 +83,7 @@ def test_acceptance_05_tie_at_a_group_border(case: Case, route: Route) -> None:
 @pytest.mark.parametrize("route", [direct, in_kernel], ids=["strategy", "kernel"])
 def test_acceptance_06_saturated_sigmoids(route: Route) -> None:
     """flashinfer#4404: Sigmoid and TopKSigmoid differ where float32's sigmoid is 1 for many."""
-    sigmoid, topk_sigmoid = find("Sigmoid"), find("TopKSigmoid")
-    logits = torch.linspace(18.0, 90.0, 256)[torch.randperm(256)].unsqueeze(0)
-    for case in (sigmoid, topk_sigmoid):
-        expected = oracle.route(case.rule, logits, None, case.top_k)
-        chosen = route(case, logits, None)
-        assert chosen.ids is not None
-        assert torch.equal(chosen.ids.sort(1).values, expected.ids.sort(1).values)
-        whole = oracle.dense(expected.ids, expected.weights, 256)
-        torch.testing.assert_close(chosen.dense, whole, atol=1e-6, rtol=0)
-    first, second = route(sigmoid, logits, None).ids, route(topk_sigmoid, logits, None).ids
-    assert first is not None
-    assert second is not None
-    assert first.sort(1).values.tolist() == [list(range(8))]
-    assert not torch.equal(first.sort(1).values, second.sort(1).values)
-
-
-def _softplus_root(logits: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.softplus(logits.double(), threshold=1e4).sqrt()
+    checks.check_06_saturated(find("Sigmoid"), find("TopKSigmoid"), route)
 
 
 @pytest.mark.parametrize(
@@ -109,22 +91,7 @@ def _softplus_root(logits: torch.Tensor) -> torch.Tensor:
 )
 def test_acceptance_07_08_sqrt_softplus_at_both_ends(low: float, high: float) -> None:
     """flashinfer#5211: float32's softplus underflows below -88 and overflows above 88."""
-    case = find("SqrtSoftplus")
-    for row in range(8):
-        width = 0.5 if high - low > 2 else 0.01
-        start = low + (high - low - width) * row / 7
-        logits = torch.linspace(start, start + width, 256)[torch.randperm(256)].unsqueeze(0)
-        chosen = direct(case, logits, torch.zeros(256))
-        expected = logits[0].argsort(descending=True)[:6]
-        assert chosen.ids is not None
-        if width == 0.5:
-            assert set(chosen.ids[0].tolist()) == set(expected.tolist())
-        scores = _softplus_root(logits)[0][chosen.ids[0]]
-        weights = 1.5 * scores / (scores.sum() + 1e-20)
-        got = chosen.dense[0][chosen.ids[0]]
-        torch.testing.assert_close(got, weights, atol=0, rtol=1e-5)
-        if low > -80:
-            torch.testing.assert_close(got.sum(), torch.tensor(1.5).double(), atol=0, rtol=1e-5)
+    checks.check_07_08_both_ends(find("SqrtSoftplus"), direct, low, high)
 
 
 @every

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import final
 
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from tests import oracle
 from tests.acceptance import checks
-from tests.acceptance.cases import CASES, Case, loosened, sized
+from tests.acceptance.cases import CASES, Case, find, loosened, sized
 from tests.acceptance.routes import fused_kernel
 from tests.kernels.slots import expect_sorted
-from typed_moe import RoutingShape
+from tests.layer.build import Build, random_experts, relative_error
+from typed_moe import (
+    DeepSeekV3,
+    Placement,
+    ReferenceKernel,
+    Renormalize,
+    Routed,
+    RoutingForm,
+    RoutingShape,
+    RoutingStrategy,
+)
 from typed_moe.kernels import FusedRouting, SortRequest, fused_routing, sort_slots
 
 pytestmark = [
@@ -22,8 +36,27 @@ pytestmark = [
     pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="Triton's interpreter is on"),
 ]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-TOKENS = (1, 2, 7, 64, 300, 4096)
+TOKENS = (1, 4, 5, 8, 16, 17, 256, 257, 1024, 1025, 5000)
+"""On both sides of every border between ways of launching, here and in FlashInfer (57)."""
 SIZES = ((8, 2), (60, 4), (128, 1), (160, 6), (257, 8), (512, 22), (896, 16), (2048, 32))
+
+
+@final
+class Own(RoutingStrategy):
+    """A user's strategy: two members."""
+
+    @property
+    @override
+    def name(self) -> str:
+        """The name in plans."""
+        return "Own"
+
+    @override
+    def select_experts(
+        self, router_logits: Tensor, e_score_correction_bias: Tensor | None, *, shape: RoutingShape
+    ) -> Routed:
+        """As `Renormalize`."""
+        return Renormalize().select_experts(router_logits, e_score_correction_bias, shape=shape)
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +92,20 @@ def test_acceptance(case: Case, number: str) -> None:
     checks.checks_for(case)[number](case, fused_kernel)
 
 
+def test_acceptance_06_saturated_sigmoids() -> None:
+    """Saturated sigmoids tie and go to the lower id; the same logits do not."""
+    checks.check_06_saturated(find("Sigmoid"), find("TopKSigmoid"), fused_kernel)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-104.0, -16.0), (88.0, 200.0), (-20.5, -19.5)])
+def test_acceptance_07_08_sqrt_softplus_at_both_ends(low: float, high: float) -> None:
+    """Without underflow or overflow."""
+    checks.check_07_08_both_ends(find("SqrtSoftplus"), fused_kernel, low, high)
+
+
 @every
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_equals_the_oracle(case: Case, tokens: int) -> None:
+def test_acceptance_57_every_tier(case: Case, tokens: int) -> None:
     """Gate-like logits at every T: decided rows' experts and every row's weights."""
     checks.check_selection(case, fused_kernel, torch.randn(tokens, case.num_experts), case.bias())
 
@@ -162,7 +206,7 @@ def test_acceptance_43_replay_equals_eager(case: Case, tokens: int) -> None:
 
 
 @every
-def test_acceptance_57_torch_compile(case: Case) -> None:
+def test_torch_compile(case: Case) -> None:
     """`fullgraph=True`, dynamic T: the same bits as the eager call."""
     fused = _fused(case)
     bias = _cuda(case.bias())
@@ -180,7 +224,7 @@ def test_acceptance_57_torch_compile(case: Case) -> None:
         assert torch.equal(weights, eager.topk_weights)
 
 
-def test_no_tokens() -> None:
+def test_acceptance_42_no_tokens() -> None:
     """T = 0 launches nothing and gives empty results."""
     case = CASES[0]
     fused = _fused(case)
@@ -189,3 +233,40 @@ def test_no_tokens() -> None:
     assert routed.topk_ids.shape == (0, case.top_k)
     assert slots.slots.numel() == 0
     assert int(slots.counts.sum()) == int(slots.offsets.sum()) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_acceptance_44_45_46_shards_of_a_layer(ranks: int) -> None:
+    """Whole layers: the ranks' parts add up, garbage rows behind the real ones change nothing."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    experts, bias = random_experts(16, 16, 12), torch.randn(16) * 0.05
+    x, logits = torch.randn(40, 16), torch.randn(40, 16)
+    x[30:], logits[30:] = torch.nan, torch.nan
+    routing = DeepSeekV3(num_expert_group=4, topk_group=2, routed_scaling_factor=2.5)
+    rule = replace(oracle.RULES["DeepSeekV3"], num_expert_group=4, topk_group=2, scale=2.5)
+    chosen = oracle.route(rule, logits[:30], bias, 4)
+    expected = oracle.moe(experts, x[:30], chosen.ids, chosen.weights, oracle.Act())
+    total = torch.zeros(30, 16)
+    for rank in range(ranks):
+        build = Build(
+            routing=routing,
+            num_experts=16,
+            top_k=4,
+            placement=Placement(ep_size=ranks, ep_rank=rank),
+            routing_form=RoutingForm.PRECOMPUTED,
+            kernel=ReferenceKernel(),
+        )
+        layer = build.loaded(experts, bias).cuda()
+        assert "by the fused routing kernel" in str(layer.plan)
+        part = layer(x.cuda(), logits.cuda())[:30].cpu()
+        assert torch.equal(part, layer(x[:30].cuda(), logits[:30].cuda()).cpu())
+        assert float(part.norm()) > 0
+        total += part
+    assert relative_error(total, expected) < 2e-6
+
+
+def test_a_strategy_of_ones_own_routes_in_pytorch() -> None:
+    """And the plan says so, with the reason."""
+    layer = Build(routing=Own(), kernel=ReferenceKernel()).empty(device="cuda")
+    assert "Own.select_experts, in PyTorch" in str(layer.plan)
+    assert "fused routing has no routing method for Own" in str(layer.plan)

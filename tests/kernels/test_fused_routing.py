@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import final
 
 import pytest
 import torch
+from torch import Tensor
+from typing_extensions import override
 
 from tests.acceptance import checks
 from tests.acceptance.cases import CASES, Case, find, sized
 from tests.acceptance.routes import fused_kernel
 from tests.kernels.slots import expect_sorted
-from typed_moe import RoutingShape
-from typed_moe.kernels import FusedRouting, SortRequest, fused_routing, sort_slots
+from typed_moe import (
+    Refused,
+    Renormalize,
+    Routed,
+    RoutingShape,
+    RoutingStrategy,
+    UnsupportedRouting,
+)
+from typed_moe.kernels import FusedRouting, SortRequest, fused_route, fused_routing, sort_slots
 
 pytestmark = [
     pytest.mark.skipif(
@@ -32,6 +42,24 @@ pytestmark = [
 ]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 CPU = torch.device("cpu")
+
+
+@final
+class Own(RoutingStrategy):
+    """A user's strategy: two members."""
+
+    @property
+    @override
+    def name(self) -> str:
+        """The name in plans."""
+        return "Own"
+
+    @override
+    def select_experts(
+        self, router_logits: Tensor, e_score_correction_bias: Tensor | None, *, shape: RoutingShape
+    ) -> Routed:
+        """As `Renormalize`."""
+        return Renormalize().select_experts(router_logits, e_score_correction_bias, shape=shape)
 
 
 def _fused(case: Case) -> FusedRouting:
@@ -52,6 +80,17 @@ def _fused(case: Case) -> FusedRouting:
 def test_acceptance(case: Case, number: str) -> None:
     """The acceptance list's checks."""
     checks.checks_for(case)[number](case, fused_kernel)
+
+
+def test_acceptance_06_saturated_sigmoids() -> None:
+    """Saturated sigmoids tie and go to the lower id; the same logits do not."""
+    checks.check_06_saturated(find("Sigmoid"), find("TopKSigmoid"), fused_kernel)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-104.0, -16.0), (88.0, 200.0), (-20.5, -19.5)])
+def test_acceptance_07_08_sqrt_softplus_at_both_ends(low: float, high: float) -> None:
+    """Without underflow or overflow."""
+    checks.check_07_08_both_ends(find("SqrtSoftplus"), fused_kernel, low, high)
 
 
 @every
@@ -89,3 +128,43 @@ def test_sizes(case_id: str, num_experts: int, top_k: int) -> None:
     case = sized(find(case_id), num_experts, top_k)
     logits = torch.randn(9, num_experts)
     checks.check_selection(case, fused_kernel, logits, case.bias(), least_decided=0.2)
+
+
+@pytest.mark.parametrize("case_id", ["Default", "DeepSeekV3-8of4", "GroupedSoftmax-max"])
+def test_torch_compile(case_id: str) -> None:
+    """One operator in one graph, with T symbolic, and the eager call's bits."""
+    case = sized(find(case_id), 32, 3)
+    fused, bias = _fused(case), case.bias()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(logits: Tensor) -> tuple[Tensor, Tensor]:
+        routed = fused(logits * 1.0, bias)
+        return routed.topk_ids, routed.topk_weights
+
+    for tokens in (4, 9):
+        logits = torch.randn(tokens, 32)
+        ids, weights = compiled(logits)
+        eager = fused(logits, bias)
+        assert torch.equal(ids, eager.topk_ids)
+        assert torch.equal(weights, eager.topk_weights)
+
+
+def test_the_operator_is_sound() -> None:
+    """torch's own check of schema, fake and dispatch."""
+    case = sized(find("DeepSeekV3-8of4"), 32, 3)
+    bias = case.bias()
+    arguments = (torch.randn(5, 32), bias, 3, "sigmoid", "sigmoid", "nothing", 8, 4, True, 1.0)
+    torch.library.opcheck(torch.ops.typed_moe.fused_route.default, arguments)
+
+
+def test_refusals() -> None:
+    """A strategy that says not how it routes, sizes beyond the table, and a T that overflows."""
+    with pytest.raises(UnsupportedRouting, match="has no routing method for Own"):
+        fused_route(Own(), torch.randn(2, 8), None, shape=RoutingShape(num_experts=8, top_k=2))
+    shape = RoutingShape(num_experts=4096, top_k=2)
+    refused = fused_routing(Renormalize(), shape=shape, device=CPU)
+    assert isinstance(refused, Refused)
+    assert "up to 2048 experts with top_k up to 32; this layer has 4096" in refused.reason
+    request = SortRequest(first_local=0, num_local=8, block_size=8)
+    with pytest.raises(ValueError, match="allowed: up to 2"):
+        sort_slots(torch.empty(2**28, 8, dtype=torch.int32, device="meta"), request)

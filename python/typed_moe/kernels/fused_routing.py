@@ -51,6 +51,8 @@ def fused_routing_refusal(device: torch.device) -> Refused | None:
         return None
     if device.type != "cuda":
         return Refused(f"runs on CUDA devices; this layer is on {device}")
+    if not torch.cuda.is_available():
+        return Refused(f"runs on CUDA devices; this layer is on {device} and there is none here")
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return Refused(

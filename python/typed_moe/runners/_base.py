@@ -109,15 +109,26 @@ def route(
             routing_replay_out=buffers.routing_replay_out,
         )
         return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)
+    routed = _routed(decision, router_logits, e_score_correction_bias)
+    if buffers.routing_replay_out is not None:
+        buffers.routing_replay_out[: router_logits.shape[0]].copy_(routed.topk_ids)
+    return _precomputed(decision, routed, hidden_states)
+
+
+def _routed(
+    decision: Decision, router_logits: Tensor, e_score_correction_bias: Tensor | None
+) -> Routed:
+    """The experts of every token, by the fused kernel or by the strategy, as the plan says."""
+    if decision.routing is not None:
+        return decision.routing(router_logits, e_score_correction_bias)
+    plan = decision.plan
     routed = plan.strategy.select_experts(
         router_logits, e_score_correction_bias, shape=plan.request.shape
     )
     check_routed(
         plan.strategy.name, routed, num_tokens=router_logits.shape[0], shape=plan.request.shape
     )
-    if buffers.routing_replay_out is not None:
-        buffers.routing_replay_out[: router_logits.shape[0]].copy_(routed.topk_ids)
-    return _precomputed(decision, routed, hidden_states)
+    return routed
 
 
 def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> CallInputs:

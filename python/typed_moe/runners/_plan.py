@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Literal, final
 
 import attrs
 from typing_extensions import override
 
 from typed_moe.kernels import KernelRequest
-from typed_moe.routing import BiasRule, InKernel, RoutingForm, RoutingStrategy, Scale, ScaleOwner
+from typed_moe.routing import (
+    BiasRule,
+    InKernel,
+    Refused,
+    RoutingForm,
+    RoutingStrategy,
+    Scale,
+    ScaleOwner,
+)
 
 
 @final
@@ -39,6 +47,8 @@ class Plan:
         entry_point: the argument record's entry point.
         form: who routes.
         in_kernel: what the kernel is told to route by, None in the precomputed form.
+        fused_routing: in the precomputed form, on a CUDA device: whether the fused routing kernel
+            routes, or why the strategy does so in PyTorch. None in the other form and elsewhere.
         scale: the factor on the output and its one owner.
         weight_on_input: the routing weight multiplies the expert's input.
         candidates: every kernel and form considered, in order of preference.
@@ -57,6 +67,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     degraded: tuple[str, ...]
     exchange: str | None = None
+    fused_routing: Literal[True] | Refused | None = None
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The plan as (what, decision) pairs, in reading order."""
@@ -110,7 +121,13 @@ def _sum_text(plan: Plan) -> str:
 
 def _form_text(plan: Plan) -> str:
     if plan.in_kernel is None:
-        return f"precomputed: {plan.strategy.name}.select_experts, in PyTorch, before the kernel"
+        name = plan.strategy.name
+        if plan.fused_routing is True:
+            return (
+                f"precomputed: {name} by the fused routing kernel, in one launch before the kernel"
+            )
+        why = "" if plan.fused_routing is None else f" ({plan.fused_routing.reason})"
+        return f"precomputed: {name}.select_experts, in PyTorch, before the kernel{why}"
     return f"in the kernel, from logits, as {plan.in_kernel.routing_method_type}"
 
 

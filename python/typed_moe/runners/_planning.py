@@ -11,11 +11,13 @@ from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels import (
     FlashInferKernel,
     FromLogits,
+    FusedRouting,
     KernelRequest,
     MoeKernel,
     Precomputed,
     ReferenceKernel,
     entry_point,
+    fused_routing,
     installed_flashinfer,
 )
 from typed_moe.kernels.flashinfer_facts import family_of
@@ -35,10 +37,14 @@ from typed_moe.runners._plan import Candidate, Plan
 @final
 @attrs.frozen(kw_only=True)
 class Decision:
-    """A plan and the kernel that it names."""
+    """A plan and the kernel that it names.
+
+    `routing`: the fused routing kernel, where the plan says that it routes.
+    """
 
     plan: Plan
     kernel: MoeKernel
+    routing: FusedRouting | None = None
 
 
 def decide(
@@ -75,10 +81,15 @@ def decide(
         considered += taken.candidates
         if taken.kernel is None:
             continue
-        plan = _plan(request, strategy, taken, tuple(considered))
+        routing = _routing(request, strategy, taken)
+        plan = _plan(request, strategy, taken, tuple(considered), routing)
         if strict and plan.degraded:
             raise UnsupportedRouting("strict=True refuses: " + "; ".join(plan.degraded))
-        return Decision(plan=attrs.evolve(plan, exchange=exchange), kernel=taken.kernel)
+        return Decision(
+            plan=attrs.evolve(plan, exchange=exchange),
+            kernel=taken.kernel,
+            routing=routing if isinstance(routing, FusedRouting) else None,
+        )
     raise _nothing_serves(considered)
 
 
@@ -182,11 +193,24 @@ def _precomputed(rules: KernelRules, request: KernelRequest) -> PrecomputedRules
     )
 
 
+def _routing(
+    request: KernelRequest, strategy: RoutingStrategy, taken: _Taken
+) -> FusedRouting | Refused | None:
+    """What routes before the kernel: the fused routing kernel, or why not; None off a CUDA device.
+
+    On a CPU the strategy's own `select_experts` is the road, not a fallback.
+    """
+    if isinstance(taken.in_kernel, InKernel) or request.device.type != "cuda":
+        return None
+    return fused_routing(strategy, shape=request.shape, device=request.device)
+
+
 def _plan(
     request: KernelRequest,
     strategy: RoutingStrategy,
     taken: _Taken,
     candidates: tuple[Candidate, ...],
+    routing: FusedRouting | Refused | None,
 ) -> Plan:
     assert taken.kernel is not None, "a kernel was taken"
     args = taken.in_kernel if isinstance(taken.in_kernel, InKernel) else None
@@ -202,11 +226,16 @@ def _plan(
         scale=strategy.scale(taken.form),
         weight_on_input=strategy.apply_router_weight_on_input,
         candidates=candidates,
-        degraded=_degraded(taken, weight_on_input=strategy.apply_router_weight_on_input),
+        degraded=_degraded(
+            taken,
+            weight_on_input=strategy.apply_router_weight_on_input,
+            fused=isinstance(routing, FusedRouting),
+        ),
+        fused_routing=True if isinstance(routing, FusedRouting) else routing,
     )
 
 
-def _degraded(taken: _Taken, *, weight_on_input: bool) -> tuple[str, ...]:
+def _degraded(taken: _Taken, *, weight_on_input: bool, fused: bool) -> tuple[str, ...]:
     told = taken.in_kernel
     assert told is not None, "a kernel was taken"
     if isinstance(told, InKernel):
@@ -216,7 +245,8 @@ def _degraded(taken: _Taken, *, weight_on_input: bool) -> tuple[str, ...]:
         if torch.float32 not in told.logits_dtypes:
             rounded.append(f"router logits are rounded to {told.logits_dtypes[0]} for the kernel")
         return tuple(rounded)
-    reasons = [f"routing runs before the kernel, in PyTorch: {told.reason}"]
+    where = "in one launch of its own" if fused else "in PyTorch"
+    reasons = [f"routing runs before the kernel, {where}: {told.reason}"]
     # A weight that was put on the input is 1 in the packed word.
     if taken.packed and not weight_on_input:
         reasons.append("the weights are rounded to bfloat16: this release takes them packed")
