@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import hypothesis
 import pytest
 import torch
+
+# Triton's kernels run in its interpreter where there is no GPU to compile them for. Read when Triton
+# is imported, which is later than this.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: a first call compiles or loads. In CI the same examples every time, so that a
 # failure there is one that can be run again; elsewhere new ones, which is how they are found.
