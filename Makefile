@@ -76,7 +76,8 @@ stubtest: $(VENV)/.test  ## stubs/ against the installed libraries
 	$(if $(STUBS),,@echo "stubtest: stubs/ holds no package yet; nothing to compare")
 	@for package in $(STUBS); do \
 	    if $(BIN)/python -c "import sys, importlib.util as u; sys.exit(u.find_spec('$$package') is None)"; then \
-	        $(BIN)/stubtest --mypy-config-file mypy.ini --allowlist stubs/allowlist.txt \
+	        list=stubs/$$package/allowlist.txt; test -e $$list || list=stubs/allowlist.txt; \
+	        $(BIN)/stubtest --mypy-config-file mypy.ini --allowlist $$list \
 	            --ignore-missing-stub --concise $$package; \
 	    else \
 	        echo "stubtest: $$package is not installed; its stub is not compared here"; \

@@ -18,6 +18,11 @@ class JITFunction(Generic[_P, _R]):
 def jit(fn: Callable[_P, _R]) -> JITFunction[_P, _R]: ...
 @overload
 def jit(
-    *, do_not_specialize: Sequence[str] | None = None
+    *,
+    version: str | None = None,
+    do_not_specialize: Sequence[str] | None = None,
+    do_not_specialize_on_alignment: Sequence[str] | None = None,
+    debug: bool | None = None,
+    noinline: bool | None = None,
 ) -> Callable[[Callable[_P, _R]], JITFunction[_P, _R]]: ...
 def cdiv(x: int, y: int) -> int: ...
