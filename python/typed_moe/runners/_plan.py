@@ -58,6 +58,11 @@ class Plan:
     degraded: tuple[str, ...]
     exchange: str | None = None
 
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Where the kernel's routing is not the strategy's, one sentence each."""
+        return () if self.in_kernel is None else self.in_kernel.differences
+
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The plan as (what, decision) pairs, in reading order."""
         request, shape = self.request, self.request.shape
@@ -86,6 +91,7 @@ class Plan:
     def __str__(self) -> str:
         width = max(len(what) for what, _ in self.rows())
         lines = [f"{what:<{width}}  {decision}" for what, decision in self.rows()]
+        lines += [f"{'kernel differs':<{width}}  {text}" for text in self.differences]
         lines += [f"{'degraded':<{width}}  {text}" for text in self.degraded]
         lines += ["kernels considered:", *(f"  {candidate}" for candidate in self.candidates)]
         return "\n".join(lines)
