@@ -96,12 +96,9 @@ def unfinalized() -> None:
     assert_type(made, Unfinalized)
     assert_type(made.finalize(torch.bfloat16), Tensor)
     # There is no sum to put anywhere, and no tuple to take apart in the wrong order.
-    experts.forward_unfinalized(
-        hidden_states,
-        router_logits,
-        output=hidden_states,  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    )
-    (*_,) = made  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+    x, logits = hidden_states, router_logits
+    experts.forward_unfinalized(x, logits, output=x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    first: Tensor = made[0]  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
 
 
 def wrong_calls(group: ProcessGroup) -> None:
