@@ -98,7 +98,7 @@ def unfinalized() -> None:
     # There is no sum to put anywhere, and no tuple to take apart in the wrong order.
     x, logits = hidden_states, router_logits
     experts.forward_unfinalized(x, logits, output=x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
-    first: Tensor = made[0]  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
+    made[0]  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
 
 
 def wrong_calls(group: ProcessGroup) -> None:

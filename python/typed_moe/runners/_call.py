@@ -105,6 +105,8 @@ class KernelCall:
         self._deepseek = decision.plan.request.quant.name == "fp8_block"
         self._experts = experts
         self._rules = decision.plan.unfinalized
+        kernel = decision.kernel
+        self._unfinalized = kernel if isinstance(kernel, UnfinalizedKernel) else None
         self._handle = next(_handles)
         _calls[self._handle] = self
 
@@ -130,8 +132,8 @@ class KernelCall:
             return self._traced_unfinalized(args, copies)
         if isinstance(self._rules, Refused):
             raise UnsupportedRouting(self._rules.reason)
-        assert isinstance(self._kernel, UnfinalizedKernel), "the plan has its rules"
-        made = self._kernel.unfinalized(args)
+        assert self._unfinalized is not None, "the plan has its rules"
+        made = self._unfinalized.unfinalized(args)
         given = made.gemm2_output.dtype, made.expert_weights.dtype
         if given != (self._rules.rows_dtype, self._rules.weights_dtype):
             # flashinfer#3595: a wrong label is the one thing that nobody downstream can notice.
