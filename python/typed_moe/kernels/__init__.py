@@ -1,8 +1,9 @@
 """Room 4: argument records, the facts of kernels, and the reference kernel."""
 
 from typed_moe.kernels._activation_arguments import activation_arguments
-from typed_moe.kernels._protocol import KernelRequest, MoeKernel
+from typed_moe.kernels._protocol import KernelRequest, MoeKernel, UnfinalizedKernel
 from typed_moe.kernels._reference_routing import route as route_reference
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     ActivationType,
     Bf16MoeArgs,
@@ -43,6 +44,9 @@ __all__ = [
     "Precomputed",
     "ReferenceKernel",
     "Routing",
+    "Unfinalized",
+    "UnfinalizedKernel",
+    "UnfinalizedRules",
     "activation_arguments",
     "append_shared",
     "entry_point",

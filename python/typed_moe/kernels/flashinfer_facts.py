@@ -158,6 +158,23 @@ REPLAY_SINCE: Version = (0, 6, 13)
 REPLAY: Mapping[str | None, Version] = MappingProxyType({"Llama4": (0, 6, 18)})
 """Since when `routing_replay_out` is written; before, most kernels leave it as it was (#3382)."""
 
+WEIGHTS_LABELLED: Mapping[Family, Version] = MappingProxyType(
+    {
+        "bf16": (0, 6, 16),
+        "fp8_per_tensor_scale": (0, 6, 16),
+        "fp8_per_channel_scale": (0, 6, 16),
+        "fp8_block_scale": (0, 6, 16),
+        "fp4_block_scale": (0, 6, 15),
+        "mxint4_block_scale": (0, 6, 16),
+    }
+)
+"""Since when `do_finalize=False` from logits says that its weights are bfloat16, which they are.
+
+Before, float32 logits gave a tensor that calls itself float32 (flashinfer#3595, #3644, #3925). The
+logits' dtype is a call's, so the whole release is refused from logits. Precomputed weights have
+their dtype in every release: bfloat16 out of packed words, the caller's own where they are a tensor.
+"""
+
 ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "bf16": frozenset({"Swiglu", "SwigluStep", "Relu2"}),

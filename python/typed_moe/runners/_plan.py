@@ -7,8 +7,16 @@ from typing import final
 import attrs
 from typing_extensions import override
 
-from typed_moe.kernels import KernelRequest
-from typed_moe.routing import BiasRule, InKernel, RoutingForm, RoutingStrategy, Scale, ScaleOwner
+from typed_moe.kernels import KernelRequest, UnfinalizedRules
+from typed_moe.routing import (
+    BiasRule,
+    InKernel,
+    Refused,
+    RoutingForm,
+    RoutingStrategy,
+    Scale,
+    ScaleOwner,
+)
 
 
 @final
@@ -43,6 +51,7 @@ class Plan:
         weight_on_input: the routing weight multiplies the expert's input.
         candidates: every kernel and form considered, in order of preference.
         degraded: what is worse than it could be, one sentence each; `strict=True` refuses any.
+        unfinalized: the dtypes of `FusedMoE.forward_unfinalized`, or why it is refused.
         exchange: what adds the ranks' partial sums, by name; None leaves it to the caller.
     """
 
@@ -56,6 +65,7 @@ class Plan:
     weight_on_input: bool
     candidates: tuple[Candidate, ...]
     degraded: tuple[str, ...]
+    unfinalized: UnfinalizedRules | Refused
     exchange: str | None = None
 
     @property
@@ -85,6 +95,7 @@ class Plan:
             ("groups", _groups_text(self)),
             ("scale", _scale_text(self.scale)),
             ("weight goes on", "the expert's input" if self.weight_on_input else "its output"),
+            ("unfinalized", _unfinalized_text(self.unfinalized)),
         )
 
     @override
@@ -149,3 +160,7 @@ def _scale_text(scale: Scale) -> str:
     if scale.owner is ScaleOwner.HOST:
         return "none here; a factor of the model is the model's to apply"
     return f"{scale.factor} by the {scale.owner.value}"
+
+
+def _unfinalized_text(rules: UnfinalizedRules | Refused) -> str:
+    return f"refused: {rules.reason}" if isinstance(rules, Refused) else str(rules)
