@@ -32,6 +32,7 @@ from typed_moe.kernels.fused_routing import (
     sort_slots,
 )
 from typed_moe.kernels.reference import ReferenceKernel, append_shared
+from typed_moe.kernels.triton_experts import TritonKernel
 from typed_moe.kernels.weights import ExpertWeights
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "Routing",
     "SortRequest",
     "SortedSlots",
+    "TritonKernel",
     "Unfinalized",
     "UnfinalizedKernel",
     "UnfinalizedRules",

@@ -39,6 +39,8 @@ class FromLogits:
         routing_logits: (T, E) in a dtype that the kernel reads.
         routing_bias: (E,) correction bias, or None for a method that has none.
         n_group, topk_group: 1 or more for a method that knows groups, None otherwise.
+        group_score: what ranks a group: its best expert, or the sum of its two best. FlashInfer's
+            kernels know the second and have no argument for it.
         routed_scaling_factor: None for a method that has no factor.
         routing_method_type: the method by name; never a number here.
         norm_topk_prob: read by SigmoidRenorm alone.
@@ -55,6 +57,7 @@ class FromLogits:
     norm_topk_prob: bool = True
     use_routing_scales_on_input: bool = False
     routing_replay_out: Tensor | None = None
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
 
 
 @final

@@ -106,6 +106,7 @@ def route(
             routing_method_type=told.routing_method_type,
             norm_topk_prob=told.norm_topk_prob,
             use_routing_scales_on_input=told.use_routing_scales_on_input,
+            group_score=told.group_score,
             routing_replay_out=buffers.routing_replay_out,
         )
         return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)

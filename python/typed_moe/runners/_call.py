@@ -199,6 +199,7 @@ class KernelCall:
             routing_method_type=told.routing_method_type,
             norm_topk_prob=told.norm_topk_prob,
             use_routing_scales_on_input=told.use_routing_scales_on_input,
+            group_score=told.group_score,
         )
 
 

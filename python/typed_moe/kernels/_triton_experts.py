@@ -1,0 +1,333 @@
+"""Triton: an expert layer's two matrix products, grouped by expert, and the sum over a token's slots.
+
+Slots come sorted by expert (`typed_moe.kernels._slots`): a block of BLOCK_M places belongs to one
+expert, so a program multiplies one block's rows with one tile of that expert's weights. The first
+product gathers its rows by slot and ends with the activation; the intermediate stands in the order
+of the places. The second one reads it as it stands and writes each row to its slot. The third
+kernel adds a token's slots, in order: no atomics, the same bits in every run.
+
+FP8 says how an operand in float8_e4m3fn is multiplied: "none" (bfloat16), "native" (the card's
+matrix units take it), "bits" (a byte becomes a bfloat16 in registers). Scales are DeepSeek's: one
+float32 for 1 x 128 of an activation and for 128 x 128 of a weight, so that a step of BLOCK_K = 128
+has one product of scales for each row, applied in float32.
+
+`DEVICE` is False in the interpreter, which has no bfloat16 arithmetic: operands become float32.
+
+Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from typed_moe.kernels._triton_activations import activate, clamp
+
+_E4M3_MAX = tl.constexpr(448.0)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+_STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
+_REBIAS = tl.constexpr(2.0**120)
+"""From an exponent that counts from 127 to E4M3's, which counts from 7."""
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """total + a @ b in float32."""
+    if DEVICE:
+        return tl.dot(a, b, total)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+
+
+@triton.jit
+def operand(x: tl.tensor, FP8: tl.constexpr) -> tl.tensor:
+    """A loaded tile as the matrix units take it: bytes of E4M3 become bfloat16, exactly.
+
+    The three fields of a byte are put where a float32 has them; the exponent is then off by a
+    constant, which subnormals share. 0x7F and 0xFF are NaN.
+    """
+    if FP8 == "bits":
+        bits = x.to(tl.int32)
+        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        value = moved.to(tl.float32, bitcast=True) * _REBIAS
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+        return value.to(tl.bfloat16)  # exact: no bit is cut off
+    else:
+        return x
+
+
+@triton.jit
+def group_scale(x: tl.tensor) -> tl.tensor:
+    """(R, 128) to (R,): amax / 448, not under 2^-126, and 1 for zeros; a NaN or infinity stays."""
+    amax = tl.max(tl.abs(x), 1)
+    # A maximum may drop a NaN; it has to reach its whole group.
+    amax = tl.where(tl.max(tl.where(x == x, 0, 1), 1) == 0, amax, float("nan"))  # noqa: PLR0124
+    scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
+    scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
+    return tl.where(amax == 0.0, 1.0, scale)
+
+
+@triton.jit
+def to_bfloat16(x: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """Rounded to nearest even. The interpreter's own cast cuts bits off, so they are rounded first."""
+    if not DEVICE:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """x / scale, per row, saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    quotient = clamp(quotient, -_E4M3_MAX, _E4M3_MAX)
+    if not DEVICE:
+        bits = quotient.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        # Below 2^-6 the grid's step is 2^-9, which is one unit in the last place of 1.5 * 2^14.
+        small = (quotient + _STEP_OF_SUBNORMALS) - _STEP_OF_SUBNORMALS
+        near = bits.to(tl.float32, bitcast=True)
+        quotient = tl.where(tl.abs(quotient) < 0.015625, small, near)
+    return quotient.to(tl.float8e4nv)
+
+
+@triton.jit
+def tile_at(
+    program: tl.tensor, num_blocks: tl.tensor, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """(block, column) of a program: GROUP_M blocks run over all columns before the next ones do."""
+    in_group = GROUP_M * COLUMNS
+    first = program // in_group * GROUP_M
+    height = tl.minimum(num_blocks - first, GROUP_M)
+    inside = program % in_group
+    return first + inside % height, inside // height
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def first_kernel(
+    x_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    routing_ptr: tl.tensor,
+    alpha_ptr: tl.tensor,
+    beta_ptr: tl.tensor,
+    limit_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    out_scale_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_blocks: tl.tensor,
+    x_stride: tl.tensor,
+    x_scale_token: tl.tensor,
+    x_scale_group: tl.tensor,
+    SLOTS: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - the field's letter
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ON_INPUT: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
+
+    SLOTS slots per token. ON_INPUT: the routing weight multiplies the row, which is the same as
+    multiplying its product. QUANTIZE: the result is written in float8_e4m3fn with one scale per
+    row; BLOCK_N is 128.
+    """
+    block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    expert = tl.load(block_experts_ptr + block)
+    if expert < 0:
+        return
+    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.load(slots_ptr + place)
+    is_slot = slot < num_slots
+    token = (tl.where(is_slot, slot, 0) // SLOTS).to(tl.int64)
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Columns behind the last one read it again; they are not written.
+    row = tl.minimum(n, I - 1)
+    k = tl.arange(0, BLOCK_K)
+    halves: tl.constexpr = 2 if GATED else 1
+    matrix = weight_ptr + expert.to(tl.int64) * (halves * I * H)
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
+    # The gate's rows stand before the up projection's.
+    gate_at = matrix + row[None, :] * H + k[:, None]
+    up_at = gate_at + (halves - 1) * I * H
+    if FP8 != "none":
+        x_scale_at = x_scale_ptr + token * x_scale_token
+        groups: tl.constexpr = H // 128
+        scales = weight_scale_ptr + expert.to(tl.int64) * (halves * (I // 128) * groups)
+        gate_scale_at = scales + column * BLOCK_N // 128 * groups
+        up_scale_at = gate_scale_at + (halves - 1) * (I // 128) * groups
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        if H % BLOCK_K == 0:
+            x = tl.load(x_at + start, mask=is_slot[:, None], other=0.0)
+            up_tile = tl.load(up_at + start)
+        else:
+            inside = k < H - start
+            x = tl.load(x_at + start, mask=is_slot[:, None] & inside[None, :], other=0.0)
+            up_tile = tl.load(up_at + start, mask=inside[:, None], other=0.0)
+        x = operand(x, FP8)
+        if FP8 == "none":
+            up = product(x, up_tile, up, DEVICE)
+        else:
+            group = start // 128
+            x_scale = tl.load(x_scale_at + group * x_scale_group, mask=is_slot, other=0.0)
+            nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            part = product(x, operand(up_tile, FP8), nothing, DEVICE)
+            up += part * (x_scale * tl.load(up_scale_at + group))[:, None]
+        if GATED:
+            if H % BLOCK_K == 0:
+                gate_tile = tl.load(gate_at + start)
+            else:
+                gate_tile = tl.load(gate_at + start, mask=(k < H - start)[:, None], other=0.0)
+            if FP8 == "none":
+                gate = product(x, gate_tile, gate, DEVICE)
+            else:
+                nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                part = product(x, operand(gate_tile, FP8), nothing, DEVICE)
+                gate += part * (x_scale * tl.load(gate_scale_at + group))[:, None]
+    if ON_INPUT:
+        weight = tl.load(routing_ptr + slot, mask=is_slot, other=0.0).to(tl.float32)
+        up = up * weight[:, None]
+        gate = gate * weight[:, None]
+    if HAS_BIAS:
+        bias_at = bias_ptr + expert.to(tl.int64) * (halves * I) + row
+        up = up + tl.load(bias_at + (halves - 1) * I)[None, :]
+        if GATED:
+            gate = gate + tl.load(bias_at)[None, :]
+    alpha = tl.load(alpha_ptr + expert) if HAS_ALPHA else tl.full([], 1.0, tl.float32)
+    beta = tl.load(beta_ptr + expert) if HAS_BETA else tl.full([], 0.0, tl.float32)
+    limit = tl.load(limit_ptr + expert) if HAS_LIMIT else tl.full([], float("inf"), tl.float32)
+    hidden = activate(gate, up, alpha, beta, limit, KIND)
+    out_at = out_ptr + place[:, None] * I + n[None, :]
+    mask = is_slot[:, None] & (n < I)[None, :]
+    if QUANTIZE:
+        scale = group_scale(hidden)
+        tl.store(out_at, to_e4m3(hidden, scale, DEVICE), mask=mask)
+        tl.store(out_scale_ptr + place * (I // 128) + column, scale, mask=is_slot)
+    else:
+        tl.store(out_at, to_bfloat16(hidden, DEVICE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def second_kernel(
+    hidden_ptr: tl.tensor,
+    hidden_scale_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_blocks: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - the field's letter
+    HAS_BIAS: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
+
+    FP8 "native": an intermediate that is not QUANTIZED yet is quantised as it is read, which costs
+    little beside the weights where blocks are small. FP8 "bits": it stays bfloat16.
+    """
+    block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    expert = tl.load(block_experts_ptr + block)
+    if expert < 0:
+        return
+    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = tl.load(slots_ptr + place)
+    is_slot = slot < num_slots
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, H - 1)
+    k = tl.arange(0, BLOCK_K)
+    hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
+    weight_at = weight_ptr + expert.to(tl.int64) * (H * I) + row[None, :] * I + k[:, None]
+    if FP8 != "none":
+        groups: tl.constexpr = I // 128
+        tile_row = expert.to(tl.int64) * (H // 128) + column * BLOCK_N // 128
+        scale_at = weight_scale_ptr + tile_row * groups
+        if QUANTIZED:
+            hidden_scale_at = hidden_scale_ptr + place * groups
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, I, BLOCK_K):
+        if I % BLOCK_K == 0:
+            hidden = tl.load(hidden_at + start, mask=is_slot[:, None], other=0.0)
+            tile = tl.load(weight_at + start)
+        else:
+            inside = k < I - start
+            hidden = tl.load(hidden_at + start, mask=is_slot[:, None] & inside[None, :], other=0.0)
+            tile = tl.load(weight_at + start, mask=inside[:, None], other=0.0)
+        if FP8 == "none":
+            total = product(hidden, tile, total, DEVICE)
+        else:
+            group = start // 128
+            weight_scale = tl.load(scale_at + group)
+            nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if FP8 == "bits":
+                total += product(hidden, operand(tile, FP8), nothing, DEVICE) * weight_scale
+            elif QUANTIZED:
+                scale = tl.load(hidden_scale_at + group, mask=is_slot, other=0.0)
+                total += product(hidden, tile, nothing, DEVICE) * (scale * weight_scale)[:, None]
+            else:
+                exact = hidden.to(tl.float32)
+                scale = group_scale(exact)
+                part = product(to_e4m3(exact, scale, DEVICE), tile, nothing, DEVICE)
+                total += part * (scale * weight_scale)[:, None]
+    if HAS_BIAS:
+        total = total + tl.load(bias_ptr + expert.to(tl.int64) * H + row)[None, :]
+    out_at = out_ptr + slot.to(tl.int64)[:, None] * H + n[None, :]
+    tl.store(out_at, to_bfloat16(total, DEVICE), mask=is_slot[:, None] & (n < H)[None, :])
+
+
+@triton.jit(do_not_specialize=["first_local", "num_local"])
+def combine_kernel(
+    rows_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    H: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for one in range(SLOTS):
+        slot = token * SLOTS + one
+        mine = tl.load(ids_ptr + slot) - first_local
+        is_local = (mine >= 0) & (mine < num_local)
+        # Rows of other ranks' experts were not written.
+        row = tl.load(rows_ptr + slot * H + n, mask=(n < H) & is_local, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + slot, mask=is_local, other=0.0).to(tl.float32)
+            row = row * weight
+        total += row
+    tl.store(out_ptr + token * H + n, to_bfloat16(total, DEVICE), mask=n < H)

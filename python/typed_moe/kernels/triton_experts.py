@@ -1,0 +1,323 @@
+"""The experts in Triton, for CUDA cards from compute capability 8.0 on.
+
+Five launches for a layer from logits (routing and sorting in one or two, the first product with its
+activation, the second, the weighted sum), without a host synchronisation and without atomics. Triton
+is imported at the first call, not before.
+
+Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per token.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import MappingProxyType
+from typing import Literal, Protocol, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.config import Bf16, Fp8BlockScale, Unquantized
+from typed_moe.errors import UnsupportedRouting
+from typed_moe.kernels._expert_operands import Operands, Slots
+from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of, tile_of
+from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
+from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
+from typed_moe.kernels.args import (
+    Bf16MoeArgs,
+    ExpertArgs,
+    Fp8BlockMoeArgs,
+    MoeArgs,
+    Precomputed,
+    Routing,
+)
+from typed_moe.kernels.fused_routing import fused_routing_refusal, sort_slots
+from typed_moe.kernels.reference import append_shared
+from typed_moe.kernels.weights import ExpertWeights
+from typed_moe.routing import (
+    InKernel,
+    KernelRules,
+    PrecomputedRules,
+    Refused,
+    RoutingShape,
+    Tier,
+    as_global_ids,
+)
+
+_MULTIPLE_BF16 = 8
+_MULTIPLE_FP8 = 128
+_NATIVE_FP8 = (8, 9)
+
+TRITON_RULES = KernelRules(
+    kernel="triton",
+    methods=MappingProxyType(dict(FUSED_RULES.methods)),
+    weight_on_input=True,
+    source="typed_moe.kernels.triton_experts",
+    precomputed=PrecomputedRules(tiers=(Tier(max_experts=MAX_EXPERTS, max_top_k=MAX_EXPERTS),)),
+)
+"""What the Triton kernels route by themselves: what the fused routing kernel does."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class TritonKernel:
+    """Portable expert kernels: `Bf16MoeArgs`, and `Fp8BlockMoeArgs` with DeepSeek's scales.
+
+    Attributes:
+        fp8: how float8_e4m3fn is multiplied: "native" by the card's FP8 matrix units (compute
+            capability 8.9 and above), "bits" as bfloat16 after a conversion in registers, with the
+            intermediate in bfloat16. None: "native" where the card can.
+        tile: for every call, whatever its size; None takes the card's from the table.
+    """
+
+    fp8: Literal["native", "bits"] | None = None
+    tile: ExpertTile | None = None
+
+    @property
+    def name(self) -> str:
+        """`triton`."""
+        return "triton"
+
+    def rules(self, request: KernelRequest) -> KernelRules | Refused:
+        """Formats, widths and cards that it serves; every activation, bias and routing method."""
+        absent = fused_routing_refusal(request.device)
+        if absent is not None:
+            return absent
+        reason = (
+            _format_refusal(request) or self._card_refusal(request) or _shared_refusal(request)
+        )
+        return TRITON_RULES if reason is None else Refused(reason)
+
+    def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
+        """As they are: gate rows first, scales row-major."""
+        del request
+        return weights
+
+    def __call__(self, args: MoeArgs, /) -> Tensor:
+        """(T, H) bfloat16: the sum over this rank's experts of weight * expert(x).
+
+        Raises:
+            TypeError: a record of another family, or of another dtype.
+        """
+        operands = self._operands(args)
+        tile, slots = self._placed(args, operands)
+        launch = _launch()
+        return launch.combine(launch.rows(operands, slots, args.experts, tile), slots, args.output)
+
+    def unfinalized_rules(
+        self, request: KernelRequest, routing: type[Routing]
+    ) -> UnfinalizedRules | Refused:
+        """bfloat16 rows with float32 weights."""
+        del request, routing
+        return UnfinalizedRules(rows_dtype=torch.bfloat16, weights_dtype=torch.float32)
+
+    def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
+        """T * k rows, one per slot; those of no local expert are undefined."""
+        operands = self._operands(args)
+        tile, slots = self._placed(args, operands)
+        moved = slots.ids - slots.sorted.first_local
+        is_local = (moved >= 0) & (moved < slots.sorted.counts.shape[0])
+        number = torch.arange(slots.ids.numel(), dtype=torch.int32, device=slots.ids.device)
+        weights = torch.ones_like(slots.weights) if slots.on_input else slots.weights
+        return Unfinalized(
+            gemm2_output=_launch().rows(operands, slots, args.experts, tile),
+            expert_weights=weights.float(),
+            expanded_idx_to_permuted_idx=torch.where(is_local, number.view(slots.ids.shape), -1),
+        )
+
+    def _operands(self, args: MoeArgs) -> Operands:
+        match args:
+            case Bf16MoeArgs(hidden_states=x) if x.dtype is torch.bfloat16:
+                return Operands(
+                    hidden=_rows(x), first=args.gemm1_weights, second=args.gemm2_weights
+                )
+            case Fp8BlockMoeArgs(fp8_quantization_type="DeepSeekFp8"):
+                return Operands(
+                    hidden=_rows(args.hidden_states),
+                    hidden_scale=args.hidden_states_scale,
+                    first=args.gemm1_weights,
+                    first_scale=args.gemm1_weights_scale,
+                    second=args.gemm2_weights,
+                    second_scale=args.gemm2_weights_scale,
+                    fp8=self.fp8 or ("native" if _has_fp8(args.hidden_states.device) else "bits"),
+                )
+            case _:
+                raise TypeError(
+                    f"the Triton kernels take Bf16MoeArgs in bfloat16 and Fp8BlockMoeArgs of type "
+                    f"DeepSeekFp8; this is {type(args).__name__} with {args.hidden_states.dtype} "
+                    "hidden_states. TritonKernel().rules says so before a call"
+                )
+
+    def _placed(self, args: MoeArgs, operands: Operands) -> tuple[ExpertTile, Slots]:
+        """The tile for the call's size, and its slots in blocks of it."""
+        experts, tokens = args.experts, operands.hidden.shape[0]
+        shared = experts.num_fused_shared_experts
+        tile = self.tile
+        if tile is None:
+            slots = tokens * (experts.top_k + shared)
+            if isinstance(args.routing, Precomputed):
+                slots = args.routing.topk_ids.numel()
+            operand: Operand = "bf16" if operands.fp8 == "none" else "fp8"
+            table = _table(operands.hidden.device, operand)
+            tile = tile_of(table, slots / (experts.num_experts + shared))
+        request = SortRequest(
+            first_local=experts.local_expert_offset,
+            num_local=experts.local_num_experts + shared,
+            block_size=tile.block_m,
+        )
+        return tile, _slots(args.routing, experts, request)
+
+    def _card_refusal(self, request: KernelRequest) -> str | None:
+        if self.fp8 == "native" and not _has_fp8(request.device):
+            return (
+                "fp8='native' asks for FP8 matrix units, which start at compute capability "
+                f"{_NATIVE_FP8[0]}.{_NATIVE_FP8[1]}; leave it out"
+            )
+        return None
+
+
+def _format_refusal(request: KernelRequest) -> str | None:
+    quant = request.quant
+    match quant:
+        case Bf16() | Unquantized():
+            multiple = _MULTIPLE_BF16
+            if isinstance(quant, Unquantized) and request.dtype is not torch.bfloat16:
+                return (
+                    f"multiplies unquantised weights in torch.bfloat16; this layer's are "
+                    f"{request.dtype}; pass dtype=torch.bfloat16"
+                )
+        case Fp8BlockScale():
+            multiple = _MULTIPLE_FP8
+        case _:
+            return f"multiplies bf16 and fp8_block; this layer's format is {quant.name}"
+    width = request.placement.local_intermediate_size(request.intermediate_size)
+    if request.hidden_size % multiple or width % multiple:
+        return (
+            f"takes widths in multiples of {multiple} in the format {quant.name}; this layer has "
+            f"hidden_size {request.hidden_size} and, on this rank, intermediate_size {width}"
+        )
+    return None
+
+
+def _shared_refusal(request: KernelRequest) -> str | None:
+    if request.num_fused_shared_experts and request.placement.ep_size > 1:
+        return (
+            "fused shared experts are held by every rank, so with ep_size = "
+            f"{request.placement.ep_size} they would be added once per rank; run them unfused"
+        )
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows of adjacent values, whatever lies between two rows."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
+    """A record's routing, by the fused routing kernel or as given, sorted by expert."""
+    if isinstance(routing, Precomputed):
+        return _sorted(routing, request, on_input=False)
+    settings = _settings(
+        routing.routing_method_type,
+        routing.n_group,
+        routing.topk_group,
+        routing.group_score,
+        routing.routed_scaling_factor,
+        RoutingShape(num_experts=experts.num_experts, top_k=experts.top_k),
+        norm_topk_prob=routing.norm_topk_prob,
+    )
+    shared, on_input = experts.num_fused_shared_experts, routing.use_routing_scales_on_input
+    ids, weights, slots = _routing_launch().route(
+        settings, routing.routing_logits, routing.routing_bias, None if shared else request
+    )
+    if routing.routing_replay_out is not None:
+        routing.routing_replay_out[: ids.shape[0]].copy_(ids)
+    if slots is not None:
+        return Slots(ids=ids, weights=weights, sorted=slots, on_input=on_input)
+    chosen = Precomputed(topk_ids=as_global_ids(ids), topk_weights=weights)
+    return _sorted(append_shared(chosen, experts.num_experts, shared), request, on_input=on_input)
+
+
+def _sorted(routing: Precomputed, request: SortRequest, *, on_input: bool) -> Slots:
+    ids = routing.topk_ids.to(torch.int32).contiguous()
+    return Slots(
+        ids=ids,
+        weights=routing.topk_weights.contiguous(),
+        sorted=sort_slots(ids, request),
+        on_input=on_input,
+    )
+
+
+@cache
+def _settings(
+    method: str,
+    n_group: int | None,
+    topk_group: int | None,
+    group_score: Literal["max", "top2_sum"],
+    factor: float | None,
+    shape: RoutingShape,
+    *,
+    norm_topk_prob: bool,
+) -> RouteSettings:
+    """The routing kernel's constants for a record's routing arguments."""
+    told = InKernel(
+        routing_method_type=method,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+        routed_scaling_factor=factor,
+        norm_topk_prob=norm_topk_prob,
+        use_routing_scales_on_input=False,
+        logits_dtypes=(torch.float32,),
+    )
+    settings = route_settings(told, shape)
+    if isinstance(settings, Refused):
+        raise UnsupportedRouting(settings.reason)
+    return settings
+
+
+@cache
+def _table(device: torch.device, operand: Operand) -> Table:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return table_of(card, operand)
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _NATIVE_FP8
+
+
+class _Launch(Protocol):
+    """`typed_moe.kernels._triton_experts_launch`, which is imported late."""
+
+    def rows(
+        self, operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
+    ) -> Tensor: ...
+
+    def combine(self, rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor: ...
+
+
+def _launch() -> _Launch:
+    from typed_moe.kernels import _triton_experts_launch  # noqa: PLC0415 - heavy
+
+    return _triton_experts_launch
+
+
+class _RoutingLaunch(Protocol):
+    """`typed_moe.kernels._triton_launch`, which is imported late."""
+
+    def route(
+        self,
+        settings: RouteSettings,
+        logits: Tensor,
+        bias: Tensor | None,
+        sort: SortRequest | None,
+    ) -> tuple[Tensor, Tensor, SortedSlots | None]: ...
+
+
+def _routing_launch() -> _RoutingLaunch:
+    from typed_moe.kernels import _triton_launch  # noqa: PLC0415 - heavy
+
+    return _triton_launch
