@@ -21,8 +21,7 @@ _GROUP = 128
 
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
     """(T * k, H) bfloat16: each slot's expert's output; rows of no local expert are not written."""
-    hidden, hidden_scale = _first(operands, slots, experts, tile)
-    return _second(operands, slots, experts, tile, hidden, hidden_scale)
+    return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
 
 
 def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
@@ -59,7 +58,7 @@ def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
     return tensor.view(torch.uint8) if fp8 == "bits" else tensor
 
 
-def _first(
+def first(
     operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
 ) -> tuple[Tensor, Tensor | None]:
     """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised."""
@@ -116,15 +115,16 @@ def _first(
     return hidden, hidden_scale
 
 
-def _second(
+def second(
     operands: Operands,
     slots: Slots,
     experts: ExpertArgs,
     tile: ExpertTile,
-    hidden: Tensor,
-    hidden_scale: Tensor | None,
+    intermediate: tuple[Tensor, Tensor | None],
 ) -> Tensor:
+    """(T * k, H) bfloat16 from what `first` gave."""
     local, gemm = slots.sorted, tile.second
+    hidden, hidden_scale = intermediate
     _, height, width = operands.second.shape
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
     blocks = local.block_experts.shape[0]

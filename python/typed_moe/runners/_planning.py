@@ -17,6 +17,7 @@ from typed_moe.kernels import (
     Precomputed,
     ReferenceKernel,
     Routing,
+    TritonKernel,
     UnfinalizedKernel,
     UnfinalizedRules,
     entry_point,
@@ -129,7 +130,7 @@ def _options(request: KernelRequest, kernel: MoeKernel | None) -> tuple[MoeKerne
         "runs on a CUDA device only when asked for; pass kernel=ReferenceKernel() to run it in "
         "float32 PyTorch there"
     )
-    return (fused, _Absent("reference", only_if_asked))
+    return (fused, TritonKernel(), _Absent("reference", only_if_asked))
 
 
 @final

@@ -1,0 +1,286 @@
+"""The Triton expert kernels' logic in Triton's interpreter, on small shapes. No GPU.
+
+`tests/gpu/test_triton_experts.py` has the same kernels compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from typing import Literal
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.kernels.build import EXPERTS, TOKENS, from_logits, precomputed, record
+from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
+from typed_moe import (
+    Bf16,
+    DeepSeekV3,
+    Fp8BlockScale,
+    Llama4,
+    MxFp4,
+    Placement,
+    Renormalize,
+    RenormalizeNaive,
+    RoutingForm,
+    RoutingStrategy,
+    TritonKernel,
+    UnsupportedRouting,
+)
+from typed_moe.kernels import MoeArgs
+from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, ExpertTile, GemmTile
+from typed_moe.quantization import stored_error_bound
+
+interpreted = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed here"
+    ),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not on"
+    ),
+    # NumPy says that exp(200) is infinite; so it is on a card, which does not say it.
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
+]
+pytestmark = interpreted
+
+BF16 = stored_error_bound(Bf16())
+FP8 = stored_error_bound(Fp8BlockScale())
+FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
+SMALL = ExpertTile(
+    block_m=16,
+    first=GemmTile(block_n=16, block_k=32, warps=4, stages=2),
+    second=GemmTile(block_n=32, block_k=16, warps=4, stages=2),
+)
+"""Several programs and steps at the widths below, which are no multiples of its blocks."""
+GROUPED = ExpertTile(
+    block_m=16,
+    first=GemmTile(block_n=128, block_k=128, warps=4, stages=2, group_m=4),
+    second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=3),
+)
+"""A first product that quantises a whole group of its columns."""
+HIDDEN, WIDTH = 40, 24
+
+
+def rounded(experts: oracle.Experts) -> oracle.Experts:
+    """The experts with bfloat16 matrices; biases stay float32."""
+    return replace(
+        experts,
+        up=experts.up.bfloat16().double(),
+        down=experts.down.bfloat16().double(),
+        gate=None if experts.gate is None else experts.gate.bfloat16().double(),
+    )
+
+
+def build(routing: RoutingStrategy, form: RoutingForm) -> Build:
+    """A bfloat16 layer on the Triton kernel."""
+    return Build(
+        routing=routing,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        routing_form=form,
+        kernel=TritonKernel(tile=SMALL),
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_activation(name: str) -> None:
+    """With expert biases, against float64 on the stored weights."""
+    activation, act = ACTIVATIONS[name]
+    experts = random_experts(8, HIDDEN, WIDTH, gated=act.gated, biases=True)
+    layer = attrs.evolve(
+        build(RenormalizeNaive(), RoutingForm.PRECOMPUTED), activation=activation, has_bias=True
+    ).loaded(experts)
+    x, logits = torch.randn(9, HIDDEN).bfloat16(), torch.randn(9, 8)
+    rule = oracle.RULES["RenormalizeNaive"]
+    expected = oracle.layer(rule, rounded(experts), x, logits, None, top_k=2, act=act)
+
+    assert relative_error(layer(x, logits), expected) < BF16
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["DeepSeekV3", "Renormalize", "Llama4"])
+def test_routing_in_both_forms(name: str, form: RoutingForm) -> None:
+    """Groups with a bias and a factor; a softmax; and the weight on the expert's input."""
+    strategies: dict[str, tuple[RoutingStrategy, oracle.Rule]] = {
+        "DeepSeekV3": (
+            DeepSeekV3(num_expert_group=4, topk_group=2, routed_scaling_factor=2.5),
+            replace(oracle.RULES["DeepSeekV3"], num_expert_group=4, topk_group=2, scale=2.5),
+        ),
+        "Renormalize": (Renormalize(), oracle.RULES["Renormalize"]),
+        "Llama4": (Llama4(), oracle.RULES["Llama4"]),
+    }
+    strategy, rule = strategies[name]
+    top_k = 1 if name == "Llama4" else 2
+    bias = torch.randn(8) * 0.1 if rule.biased else None
+    experts = random_experts(8, HIDDEN, WIDTH)
+    layer = attrs.evolve(build(strategy, form), top_k=top_k).loaded(experts, bias)
+    x, logits = torch.randn(9, HIDDEN).bfloat16(), torch.randn(9, 8)
+    expected = oracle.layer(
+        rule, rounded(experts), x, logits, bias, top_k=top_k, act=oracle.Act()
+    )
+
+    assert layer.plan.form is form
+    assert relative_error(layer(x, logits), expected) < BF16
+
+
+@FORMS
+def test_acceptance_49_50_fused_shared_experts(form: RoutingForm) -> None:
+    """Every token goes to each shared expert once, with weight 1, unscaled."""
+    experts, bias = random_experts(10, HIDDEN, WIDTH), torch.randn(8) * 0.1
+    made = attrs.evolve(
+        build(DeepSeekV3(routed_scaling_factor=2.5), form), num_fused_shared_experts=2
+    )
+    x, logits = torch.randn(9, HIDDEN).bfloat16(), torch.randn(9, 8)
+    rule = replace(oracle.RULES["DeepSeekV3"], scale=2.5)
+    expected = oracle.layer(
+        rule, rounded(experts), x, logits, bias, top_k=2, act=oracle.Act(), num_shared=2
+    )
+
+    assert relative_error(made.loaded(experts, bias)(x, logits), expected) < BF16
+
+
+@FORMS
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_acceptance_46_shards_add_up(ranks: int, form: RoutingForm) -> None:
+    """The ranks' parts are the whole layer, and no part is nothing."""
+    experts = random_experts(8, HIDDEN, WIDTH)
+    x, logits = torch.randn(9, HIDDEN).bfloat16(), torch.randn(9, 8)
+    rule = oracle.RULES["RenormalizeNaive"]
+    expected = oracle.layer(rule, rounded(experts), x, logits, None, top_k=2, act=oracle.Act())
+    total = torch.zeros(9, HIDDEN)
+    for rank in range(ranks):
+        place = Placement(ep_size=ranks, ep_rank=rank)
+        part = attrs.evolve(build(RenormalizeNaive(), form), placement=place).loaded(experts)
+        got = part(x, logits)
+        assert float(got.norm()) > 0
+        total += got.float()
+
+    assert relative_error(total, expected) < BF16
+
+
+def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
+    """Distinct ids, some of them -1, and weights."""
+    ids = torch.stack([torch.randperm(EXPERTS)[:2] for _ in range(tokens)])
+    ids[torch.rand(ids.shape) < 0.2] = -1
+    return ids, torch.rand(tokens, 2)
+
+
+@pytest.mark.parametrize("fp8", ["native", "bits"])
+@pytest.mark.parametrize("tile", [None, GROUPED], ids=["quantised as read", "as written"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_fp8_blocks(
+    fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind
+) -> None:
+    """Stored bits against what they are worth, the intermediate quantised in either place."""
+    made = record("fp8_block", oracle.Act(kind=kind))
+    ids, weights = chosen()
+    expected = oracle.moe(made.experts, made.x, ids, weights, made.act, rounding=made.rounding)
+    got = TritonKernel(fp8=fp8, tile=tile)(made.make(precomputed(ids, weights)))
+
+    assert relative_error(got, expected) < FP8
+    # Converted in registers, the intermediate is not rounded to FP8.
+    if fp8 == "bits":
+        exact = oracle.moe(made.experts, made.x, ids, weights, made.act)
+        assert relative_error(got, exact) < BF16
+
+
+def test_unfinalized_rows_add_up_to_the_call() -> None:
+    """Skipped slots have no row; the sum in PyTorch is the kernel's own, but for its rounding."""
+    made = record("bf16", oracle.Act())
+    ids, weights = chosen()
+    args = made.make(precomputed(ids, weights))
+    rows = TritonKernel().unfinalized(args)
+
+    assert torch.equal(rows.expanded_idx_to_permuted_idx < 0, ids < 0)
+    assert torch.equal(rows.finalize(), TritonKernel()(args))
+
+
+def test_output_and_replay_are_written() -> None:
+    """The caller's own tensors."""
+    made = record("bf16", oracle.Act())
+    logits = torch.randn(TOKENS, EXPERTS)
+    routing = from_logits(logits)
+    replay = torch.full((TOKENS + 2, 2), -7, dtype=torch.int16)
+    args = made.make(replace(routing, routing_replay_out=replay))
+    output = torch.full(made.x.shape, torch.nan, dtype=torch.bfloat16)
+    expected = TritonKernel()(args)
+
+    assert TritonKernel()(replace(args, output=output)) is output
+    assert torch.equal(output, expected)
+    assert torch.equal(replay[:TOKENS].long(), logits.topk(2).indices)
+    assert bool((replay[TOKENS:] == -7).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "this layer's are torch.float32; pass dtype=torch.bfloat16"),
+        ({"quant": MxFp4(), "hidden_size": 64, "intermediate_size": 64}, "format is mxfp4"),
+        (
+            {"hidden_size": 36},
+            "multiples of 8 in the format unquantized; this layer has hidden_size 36",
+        ),
+        (
+            {"quant": Fp8BlockScale(), "hidden_size": 256, "intermediate_size": 192},
+            "multiples of 128 in the format fp8_block; .* intermediate_size 192",
+        ),
+        (
+            {"num_fused_shared_experts": 1, "placement": Placement(ep_size=2)},
+            "added once per rank; run them unfused",
+        ),
+    ],
+)
+def test_refusals(change: dict[str, object], reason: str) -> None:
+    """What it does not multiply is said when the layer is made."""
+    made = build(RenormalizeNaive(), RoutingForm.PRECOMPUTED)
+    for name, value in change.items():
+        object.__setattr__(made, name, value)
+    with pytest.raises(UnsupportedRouting, match=reason):
+        made.empty()
+
+
+def test_a_record_of_another_format() -> None:
+    """A record made by hand is looked at too."""
+    args: MoeArgs = record("mxfp8", oracle.Act()).make(precomputed(*chosen()))
+    with pytest.raises(TypeError, match="this is Fp8BlockMoeArgs with torch.float8_e4m3fn"):
+        TritonKernel()(args)
+
+
+def test_no_tokens() -> None:
+    """T = 0 gives an empty result."""
+    made = build(RenormalizeNaive(), RoutingForm.IN_KERNEL).loaded(
+        random_experts(8, HIDDEN, WIDTH)
+    )
+    assert made(torch.empty(0, HIDDEN).bfloat16(), torch.empty(0, 8)).shape == (0, HIDDEN)
+
+
+def test_torch_compile() -> None:
+    """One operator in one graph, and the eager call's bits."""
+    experts = random_experts(8, HIDDEN, WIDTH)
+    layer = build(RenormalizeNaive(), RoutingForm.IN_KERNEL).loaded(experts)
+    x, logits = torch.randn(5, HIDDEN).bfloat16(), torch.randn(5, 8)
+    eager = layer(x, logits)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, logits), eager)
+
+
+@pytest.mark.parametrize("operand", ["bf16", "fp8"])
+def test_tiles_fit_their_cards(operand: Literal["bf16", "fp8"]) -> None:
+    """Pipelines within the shared memory of a program: 227 KB on Hopper, 99 KB on any card."""
+    for tables, limit in ((HOPPER, 227), (ANY_CARD, 99)):
+        table = tables[operand]
+        assert [most for most, _ in table] == sorted(most for most, _ in table)
+        for _, tile in table:
+            assert tile.shared_memory(operand, gated=True) <= limit * 1024
+            if operand == "fp8":
+                assert tile.first.block_k == tile.second.block_k == 128
+                assert tile.first.block_n <= 128
+                assert tile.second.block_n <= 128
