@@ -33,7 +33,14 @@ import torch
 from torch import Tensor
 
 from typed_moe import Bf16, DeepSeekV3, Format, Fp8BlockScale, FusedMoE, RenormalizeNaive
-from typed_moe.kernels import ExpertArgs, FusedRouting, SortRequest, fused_routing, sort_slots
+from typed_moe.kernels import (
+    ExpertArgs,
+    FusedRouting,
+    SortRequest,
+    TritonKernel,
+    fused_routing,
+    sort_slots,
+)
 from typed_moe.kernels._expert_operands import Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile, table_of, tile_of
 from typed_moe.quantization import quantize_activation
@@ -199,9 +206,7 @@ class Parts:
 
     def second(self, intermediate: tuple[Tensor, Tensor | None]) -> Tensor:
         """The second product."""
-        return launches().second(
-            self.operands, self.slots, self.experts, self.tile, intermediate
-        )
+        return launches().second(self.operands, self.slots, self.experts, self.tile, intermediate)
 
 
 class _Launches(Protocol):
@@ -295,7 +300,7 @@ def parts_of(model: Model, layers: Sequence[FusedMoE], tokens: int) -> Row:
 
 def quantize_input(layer: FusedMoE, hidden: Tensor) -> object:
     """As the layer's runner does it."""
-    return quantize_activation(hidden, layer.plan.request.quant)
+    return TritonKernel().quantize(hidden, layer.plan.request.quant)
 
 
 def sweep(tokens: Sequence[int]) -> Iterator[Row]:

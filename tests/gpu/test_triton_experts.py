@@ -37,7 +37,7 @@ from typed_moe.kernels import (
     Routing,
 )
 from typed_moe.kernels._expert_tiles import HOPPER
-from typed_moe.quantization import stored_error_bound
+from typed_moe.quantization import quantize_activation, stored_error_bound
 
 pytestmark = [
     pytest.mark.gpu,
@@ -267,9 +267,7 @@ def test_acceptance_46_shards_add_up(name: Name, ranks: int, mode: str) -> None:
 def local(layer: Stored, given: Routing, tokens: int, here: range) -> MoeArgs:
     """The record of a rank that has these experts."""
     record = layer.record(given, tokens)
-    experts = replace(
-        record.experts, local_expert_offset=here.start, local_num_experts=len(here)
-    )
+    experts = replace(record.experts, local_expert_offset=here.start, local_num_experts=len(here))
     rows = slice(here.start, here.stop)
     if isinstance(record, Bf16MoeArgs):
         return replace(
@@ -386,6 +384,25 @@ def test_torch_compile(quant: Format, form: RoutingForm) -> None:
     eager = layer(x, logits)
     error = relative_error(compiled(x, logits), eager.double())
     assert error < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantising_in_one_launch(dtype: torch.dtype) -> None:
+    """The bits that PyTorch gives on the same card, NaN and infinity among them."""
+    x = (torch.randn(300, 1024) * torch.exp2(torch.randint(-12, 4, (300, 1024)))).cuda()
+    x[0, :128] = 0.0
+    x[1] *= 1e-30
+    x[2, 5], x[3, 500], x[4, 900] = torch.nan, torch.inf, -torch.inf
+    x = x.to(dtype)
+    got = TritonKernel().quantize(x, Fp8BlockScale())
+    wanted = quantize_activation(x, Fp8BlockScale())
+    assert got.scale is not None
+    assert wanted.scale is not None
+    assert torch.equal(got.scale.nan_to_num(nan=-1.0), wanted.scale.nan_to_num(nan=-1.0))
+    # A NaN has two bit patterns.
+    assert torch.equal(
+        got.data.float().nan_to_num(nan=999.0), wanted.data.float().nan_to_num(nan=999.0)
+    )
 
 
 @FORMS

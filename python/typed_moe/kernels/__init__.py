@@ -2,7 +2,12 @@
 
 from typed_moe.kernels._activation_arguments import activation_arguments
 from typed_moe.kernels._fused_rules import FUSED_RULES
-from typed_moe.kernels._protocol import KernelRequest, MoeKernel, UnfinalizedKernel
+from typed_moe.kernels._protocol import (
+    KernelRequest,
+    MoeKernel,
+    QuantizingKernel,
+    UnfinalizedKernel,
+)
 from typed_moe.kernels._reference_routing import route as route_reference
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
@@ -54,6 +59,7 @@ __all__ = [
     "MoeKernel",
     "MxInt4MoeArgs",
     "Precomputed",
+    "QuantizingKernel",
     "ReferenceKernel",
     "Routing",
     "SortRequest",

@@ -12,6 +12,7 @@ from typed_moe.config import Activation, Format, Placement
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import MoeArgs, Routing
 from typed_moe.kernels.weights import ExpertWeights
+from typed_moe.quantization import Quantized
 from typed_moe.routing import KernelRules, Refused, RoutingShape
 
 
@@ -91,4 +92,18 @@ class UnfinalizedKernel(Protocol):
 
     def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
         """Run, up to the sum. The record has no `output`; not called with T = 0."""
+        ...
+
+
+@runtime_checkable
+class QuantizingKernel(Protocol):
+    """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch."""
+
+    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
+        """What `typed_moe.quantization.quantize_activation` gives, bit for bit.
+
+        Args:
+            hidden_states: (T, H) floating point.
+            quant: a format without static scales.
+        """
         ...

@@ -93,6 +93,27 @@ def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def quantize_kernel(
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = at < H
+    x = tl.load(x_ptr + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    scale = group_scale(x)
+    tl.store(out_ptr + token * H + at, to_e4m3(x, scale, DEVICE), mask=mask)
+    tl.store(scale_ptr + token * (H // 128) + group, scale, mask=group < H // 128)
+
+
+@triton.jit
 def tile_at(
     program: tl.tensor, num_blocks: tl.tensor, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:

@@ -12,7 +12,12 @@ from torch import Tensor
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile
 from typed_moe.kernels._experts_math import is_gated_type
-from typed_moe.kernels._triton_experts import combine_kernel, first_kernel, second_kernel
+from typed_moe.kernels._triton_experts import (
+    combine_kernel,
+    first_kernel,
+    quantize_kernel,
+    second_kernel,
+)
 from typed_moe.kernels._triton_launch import INTERPRETED
 from typed_moe.kernels.args import ExpertArgs
 
@@ -49,6 +54,28 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
     return output
 
 
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, H) floating point to float8_e4m3fn and (T, H / 128) float32."""
+    tokens, width = x.shape
+    groups = width // _GROUP
+    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
+    if tokens == 0:
+        return data, scale
+    together = 8
+    quantize_kernel[(tokens, triton.cdiv(groups, together))](
+        x,
+        data,
+        scale,
+        x.stride(0),
+        H=width,
+        GROUPS=together,
+        DEVICE=not INTERPRETED,
+        num_warps=4,
+    )
+    return data, scale
+
+
 def quantizes(tile: ExpertTile, fp8: Fp8) -> bool:
     """Whether the first product writes the intermediate in float8_e4m3fn: its tile has a whole group."""
     return fp8 == "native" and tile.first.block_n == _GROUP
@@ -69,9 +96,7 @@ def first(
     hidden = torch.empty((places, width), dtype=dtype, device=x.device)
     hidden_scale = None
     if quantize:
-        hidden_scale = torch.empty(
-            (places, width // _GROUP), dtype=torch.float32, device=x.device
-        )
+        hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
         _bytes(x, operands.fp8),

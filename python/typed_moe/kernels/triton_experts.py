@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16, Fp8BlockScale, Unquantized
+from typed_moe.config import Bf16, Format, Fp8BlockScale, Unquantized
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._expert_operands import Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of, tile_of
@@ -36,6 +36,7 @@ from typed_moe.kernels.args import (
 from typed_moe.kernels.fused_routing import fused_routing_refusal, sort_slots
 from typed_moe.kernels.reference import append_shared
 from typed_moe.kernels.weights import ExpertWeights
+from typed_moe.quantization import Quantized, quantize_activation
 from typed_moe.routing import (
     InKernel,
     KernelRules,
@@ -85,9 +86,7 @@ class TritonKernel:
         absent = fused_routing_refusal(request.device)
         if absent is not None:
             return absent
-        reason = (
-            _format_refusal(request) or self._card_refusal(request) or _shared_refusal(request)
-        )
+        reason = _format_refusal(request) or self._card_refusal(request) or _shared_refusal(request)
         return TRITON_RULES if reason is None else Refused(reason)
 
     def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
@@ -127,6 +126,17 @@ class TritonKernel:
             expanded_idx_to_permuted_idx=torch.where(is_local, number.view(slots.ids.shape), -1),
         )
 
+    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
+        """`quantize_activation` in one launch for `Fp8BlockScale`; itself for everything else."""
+        fits = hidden_states.dim() == 2 and hidden_states.shape[1] % _MULTIPLE_FP8 == 0
+        if not isinstance(quant, Fp8BlockScale) or not fits or self._fp8(hidden_states) != "native":
+            return quantize_activation(hidden_states, quant)
+        data, scale = _launch().quantize(_rows(hidden_states))
+        return Quantized(data=data, scale=scale)
+
+    def _fp8(self, hidden_states: Tensor) -> Literal["native", "bits"]:
+        return self.fp8 or ("native" if _has_fp8(hidden_states.device) else "bits")
+
     def _operands(self, args: MoeArgs) -> Operands:
         match args:
             case Bf16MoeArgs(hidden_states=x) if x.dtype is torch.bfloat16:
@@ -141,7 +151,7 @@ class TritonKernel:
                     first_scale=args.gemm1_weights_scale,
                     second=args.gemm2_weights,
                     second_scale=args.gemm2_weights_scale,
-                    fp8=self.fp8 or ("native" if _has_fp8(args.hidden_states.device) else "bits"),
+                    fp8=self._fp8(args.hidden_states),
                 )
             case _:
                 raise TypeError(
@@ -297,6 +307,8 @@ class _Launch(Protocol):
     ) -> Tensor: ...
 
     def combine(self, rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor: ...
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def _launch() -> _Launch:
