@@ -132,7 +132,7 @@ def floor(model: Model, quant: Format, layer: FusedMoE, tokens: int) -> tuple[fl
     hidden, logits = inputs(model, tokens)
     bias = layer.e_score_correction_bias
     chosen = model.routing.select_experts(logits, bias, shape=layer.plan.request.shape).topk_ids
-    used = int(chosen.unique().numel())
+    used = int(chosen.flatten().bincount().count_nonzero())
     values = 3 * model.hidden_size * model.intermediate_size
     width = 2 if isinstance(quant, Bf16) else 1
     memory = used * values * width + 2 * hidden.numel() * 2

@@ -250,7 +250,7 @@ def test_acceptance_46_shards_add_up(name: Name, ranks: int, mode: str) -> None:
     count = EXPERTS // ranks
     for tokens in (5, 200):
         ids, weights = routing.ids[:tokens].clone(), routing.weights[:tokens]
-        given = precomputed(ids.cuda(), weights.cuda())
+        given: Routing = precomputed(ids.cuda(), weights.cuda())
         if mode == "from-logits":
             given = from_logits(layer.logits[:tokens].cuda(), "RenormalizeNaive")
         total = torch.zeros(tokens, HIDDEN)

@@ -33,7 +33,7 @@ from typed_moe import (
     TritonKernel,
     UnsupportedRouting,
 )
-from typed_moe.kernels import MoeArgs
+from typed_moe.kernels import FromLogits, MoeArgs
 from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, ExpertTile, GemmTile
 from typed_moe.quantization import quantize_activation, stored_error_bound
 
@@ -244,6 +244,7 @@ def test_output_and_replay_are_written() -> None:
     made = record("bf16", oracle.Act())
     logits = torch.randn(TOKENS, EXPERTS)
     routing = from_logits(logits)
+    assert isinstance(routing, FromLogits)
     replay = torch.full((TOKENS + 2, 2), -7, dtype=torch.int16)
     args = made.make(replace(routing, routing_replay_out=replay))
     output = torch.full(made.x.shape, torch.nan, dtype=torch.bfloat16)

@@ -9,18 +9,20 @@ import triton
 import triton.language as tl
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
-_ROOT_TWO_OVER_PI = tl.constexpr(0.7978845608028654)
+_TWICE_ROOT_TWO_OVER_PI = tl.constexpr(1.5957691216057308)
 _CUBE = tl.constexpr(0.044715)
 
 
 @triton.jit
-def gelu(x: tl.tensor, TANH: tl.constexpr) -> tl.tensor:
-    """Exact, by erf; or by tanh(u) = 2 sigmoid(2u) - 1."""
-    if TANH:
-        inner = _ROOT_TWO_OVER_PI * (x + _CUBE * x * x * x)
-        return x * tl.sigmoid(2.0 * inner)
-    else:
-        return 0.5 * x * (1.0 + tl.erf(x * _ROOT_HALF))
+def gelu(x: tl.tensor) -> tl.tensor:
+    """x times the normal distribution function."""
+    return x * 0.5 * (tl.erf(x * _ROOT_HALF) + 1.0)
+
+
+@triton.jit
+def gelu_tanh(x: tl.tensor) -> tl.tensor:
+    """Its approximation: 0.5 (1 + tanh(u)) is sigmoid(2u)."""
+    return x * tl.sigmoid((x + x * x * x * _CUBE) * _TWICE_ROOT_TWO_OVER_PI)
 
 
 @triton.jit
@@ -50,16 +52,15 @@ def activate(
         swish = gate * tl.sigmoid(gate)
         return tl.where(swish > limit, limit, swish) * clamp(up, -limit, limit)
     elif KIND == "Geglu":
-        return gelu(gate, False) * up
+        return gelu(gate) * up
     elif KIND == "GegluTanh":
-        return gelu(gate, True) * up
+        return gelu_tanh(gate) * up
     elif KIND == "Relu2":
         above = tl.where(up < 0.0, 0.0, up)
         return above * above
     elif KIND == "Silu":
         return up * tl.sigmoid(up)
     elif KIND == "Gelu":
-        return gelu(up, False)
+        return gelu(up)
     else:
-        tl.static_assert(KIND == "GeluTanh")
-        return gelu(up, True)
+        return gelu_tanh(up)

@@ -23,7 +23,6 @@ import triton.language as tl
 
 from typed_moe.kernels._triton_activations import activate, clamp
 
-_E4M3_MAX = tl.constexpr(448.0)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
 _REBIAS = tl.constexpr(2.0**120)
@@ -48,7 +47,7 @@ def operand(x: tl.tensor, FP8: tl.constexpr) -> tl.tensor:
     """
     if FP8 == "bits":
         bits = x.to(tl.int32)
-        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        moved = (bits & 0x80) << 24 | (bits & 0x7F) << 20
         value = moved.to(tl.float32, bitcast=True) * _REBIAS
         value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
         return value.to(tl.bfloat16)  # exact: no bit is cut off
@@ -81,7 +80,8 @@ def to_bfloat16(x: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
     """x / scale, per row, saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    quotient = clamp(quotient, -_E4M3_MAX, _E4M3_MAX)
+    largest = tl.full([], 448.0, tl.float32)
+    quotient = clamp(quotient, -largest, largest)
     if not DEVICE:
         bits = quotient.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
@@ -125,6 +125,67 @@ def tile_at(
     return first + inside % height, inside // height
 
 
+@triton.jit
+def load_rows(
+    at: tl.tensor, used: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """(BLOCK_M, BLOCK_K) of an operand whose rows are WIDTH wide; zeros where there is none."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(at + start, mask=used[:, None], other=0.0)
+    else:
+        inside = tl.arange(0, BLOCK_K) < WIDTH - start
+        return tl.load(at + start, mask=used[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def load_weights(
+    at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """(BLOCK_K, BLOCK_N) of a matrix whose rows are WIDTH wide, turned."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(at + start)
+    else:
+        inside = tl.arange(0, BLOCK_K) < WIDTH - start
+        return tl.load(at + start, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_scales(at: tl.tensor, used: tl.tensor, SCALED: tl.constexpr) -> tl.tensor:
+    """(BLOCK_M,) scales of rows; 1 where they have none."""
+    if SCALED:
+        return tl.load(at, mask=used, other=0.0)
+    else:
+        return used.to(tl.float32)
+
+
+@triton.jit
+def step(
+    total: tl.tensor,
+    rows: tl.tensor,
+    row_scale: tl.tensor,
+    weights: tl.tensor,
+    weight_scale_at: tl.tensor,
+    FP8: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> tl.tensor:
+    """total + rows @ weights, times both scales in FP8."""
+    if FP8 == "none":
+        return product(rows, weights, total, DEVICE)
+    else:
+        nothing = tl.zeros(total.shape, tl.float32)
+        part = product(rows, operand(weights, FP8), nothing, DEVICE)
+        return total + part * (row_scale * tl.load(weight_scale_at))[:, None]
+
+
+@triton.jit
+def setting(at: tl.tensor, plain: float, GIVEN: tl.constexpr) -> tl.tensor:
+    """An activation's setting, a scalar: as given, or that of its plain form."""
+    if GIVEN:
+        return tl.load(at)
+    else:
+        return tl.full([], plain, tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def first_kernel(
     x_ptr: tl.tensor,
@@ -149,13 +210,14 @@ def first_kernel(
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741 - the field's letter
     KIND: tl.constexpr,
-    GATED: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ON_INPUT: tl.constexpr,
     FP8: tl.constexpr,
+    SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -165,83 +227,60 @@ def first_kernel(
 ) -> None:
     """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
 
-    SLOTS slots per token. ON_INPUT: the routing weight multiplies the row, which is the same as
-    multiplying its product. QUANTIZE: the result is written in float8_e4m3fn with one scale per
-    row; BLOCK_N is 128.
+    SLOTS slots per token; HALVES is 2 where there is a gate, whose rows stand first. ON_INPUT: the
+    routing weight multiplies the row, which is the same as multiplying its product. QUANTIZE: the
+    result is written in float8_e4m3fn with one scale per row; BLOCK_N is 128. SCALED: x has scales,
+    as it has in FP8. A pointer to what is
+    not there points anywhere and is not read.
     """
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(block_experts_ptr + block)
+    expert = tl.load(block_experts_ptr + block).to(tl.int64)
     if expert < 0:
         return
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
-    is_slot = slot < num_slots
-    token = (tl.where(is_slot, slot, 0) // SLOTS).to(tl.int64)
+    used = slot < num_slots
+    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     # Columns behind the last one read it again; they are not written.
     row = tl.minimum(n, I - 1)
     k = tl.arange(0, BLOCK_K)
-    halves: tl.constexpr = 2 if GATED else 1
-    matrix = weight_ptr + expert.to(tl.int64) * (halves * I * H)
     x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    # The gate's rows stand before the up projection's.
-    gate_at = matrix + row[None, :] * H + k[:, None]
-    up_at = gate_at + (halves - 1) * I * H
-    if FP8 != "none":
-        x_scale_at = x_scale_ptr + token * x_scale_token
-        groups: tl.constexpr = H // 128
-        scales = weight_scale_ptr + expert.to(tl.int64) * (halves * (I // 128) * groups)
-        gate_scale_at = scales + column * BLOCK_N // 128 * groups
-        up_scale_at = gate_scale_at + (halves - 1) * (I // 128) * groups
+    gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
+    up_at = gate_at + (HALVES - 1) * I * H
+    x_scale_at = x_scale_ptr + token * x_scale_token
+    tile_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
+    gate_scale_at = weight_scale_ptr + tile_row * (H // 128)
+    up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
-        if H % BLOCK_K == 0:
-            x = tl.load(x_at + start, mask=is_slot[:, None], other=0.0)
-            up_tile = tl.load(up_at + start)
-        else:
-            inside = k < H - start
-            x = tl.load(x_at + start, mask=is_slot[:, None] & inside[None, :], other=0.0)
-            up_tile = tl.load(up_at + start, mask=inside[:, None], other=0.0)
-        x = operand(x, FP8)
-        if FP8 == "none":
-            up = product(x, up_tile, up, DEVICE)
-        else:
-            group = start // 128
-            x_scale = tl.load(x_scale_at + group * x_scale_group, mask=is_slot, other=0.0)
-            nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            part = product(x, operand(up_tile, FP8), nothing, DEVICE)
-            up += part * (x_scale * tl.load(up_scale_at + group))[:, None]
-        if GATED:
-            if H % BLOCK_K == 0:
-                gate_tile = tl.load(gate_at + start)
-            else:
-                gate_tile = tl.load(gate_at + start, mask=(k < H - start)[:, None], other=0.0)
-            if FP8 == "none":
-                gate = product(x, gate_tile, gate, DEVICE)
-            else:
-                nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                part = product(x, operand(gate_tile, FP8), nothing, DEVICE)
-                gate += part * (x_scale * tl.load(gate_scale_at + group))[:, None]
+        group = start // 128
+        x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
+        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        weights = load_weights(up_at, start, H, BLOCK_K)
+        up = step(up, x, x_scale, weights, up_scale_at + group, FP8, DEVICE)
+        if HALVES == 2:
+            weights = load_weights(gate_at, start, H, BLOCK_K)
+            gate = step(gate, x, x_scale, weights, gate_scale_at + group, FP8, DEVICE)
     if ON_INPUT:
-        weight = tl.load(routing_ptr + slot, mask=is_slot, other=0.0).to(tl.float32)
+        weight = tl.load(routing_ptr + slot, mask=used, other=0.0).to(tl.float32)
         up = up * weight[:, None]
         gate = gate * weight[:, None]
     if HAS_BIAS:
-        bias_at = bias_ptr + expert.to(tl.int64) * (halves * I) + row
-        up = up + tl.load(bias_at + (halves - 1) * I)[None, :]
-        if GATED:
-            gate = gate + tl.load(bias_at)[None, :]
-    alpha = tl.load(alpha_ptr + expert) if HAS_ALPHA else tl.full([], 1.0, tl.float32)
-    beta = tl.load(beta_ptr + expert) if HAS_BETA else tl.full([], 0.0, tl.float32)
-    limit = tl.load(limit_ptr + expert) if HAS_LIMIT else tl.full([], float("inf"), tl.float32)
+        bias_at = bias_ptr + expert * (HALVES * I) + row
+        up = up + tl.load(bias_at + (HALVES - 1) * I)[None, :]
+        gate = gate + tl.load(bias_at)[None, :]
+    alpha = setting(alpha_ptr + expert, 1.0, HAS_ALPHA)
+    beta = setting(beta_ptr + expert, 0.0, HAS_BETA)
+    limit = setting(limit_ptr + expert, float("inf"), HAS_LIMIT)
     hidden = activate(gate, up, alpha, beta, limit, KIND)
     out_at = out_ptr + place[:, None] * I + n[None, :]
-    mask = is_slot[:, None] & (n < I)[None, :]
+    mask = used[:, None] & (n < I)[None, :]
     if QUANTIZE:
         scale = group_scale(hidden)
         tl.store(out_at, to_e4m3(hidden, scale, DEVICE), mask=mask)
-        tl.store(out_scale_ptr + place * (I // 128) + column, scale, mask=is_slot)
+        tl.store(out_scale_ptr + place * (I // 128) + column, scale, mask=used)
     else:
         tl.store(out_at, to_bfloat16(hidden, DEVICE), mask=mask)
 
@@ -275,52 +314,35 @@ def second_kernel(
     little beside the weights where blocks are small. FP8 "bits": it stays bfloat16.
     """
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(block_experts_ptr + block)
+    expert = tl.load(block_experts_ptr + block).to(tl.int64)
     if expert < 0:
         return
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
-    is_slot = slot < num_slots
+    used = slot < num_slots
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
     k = tl.arange(0, BLOCK_K)
     hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
-    weight_at = weight_ptr + expert.to(tl.int64) * (H * I) + row[None, :] * I + k[:, None]
-    if FP8 != "none":
-        groups: tl.constexpr = I // 128
-        tile_row = expert.to(tl.int64) * (H // 128) + column * BLOCK_N // 128
-        scale_at = weight_scale_ptr + tile_row * groups
-        if QUANTIZED:
-            hidden_scale_at = hidden_scale_ptr + place * groups
+    hidden_scale_at = hidden_scale_ptr + place * (I // 128)
+    weight_at = weight_ptr + expert * (H * I) + row[None, :] * I + k[:, None]
+    tile_row = expert * (H // 128) + column * BLOCK_N // 128
+    weight_scale_at = weight_scale_ptr + tile_row * (I // 128)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, I, BLOCK_K):
-        if I % BLOCK_K == 0:
-            hidden = tl.load(hidden_at + start, mask=is_slot[:, None], other=0.0)
-            tile = tl.load(weight_at + start)
-        else:
-            inside = k < I - start
-            hidden = tl.load(hidden_at + start, mask=is_slot[:, None] & inside[None, :], other=0.0)
-            tile = tl.load(weight_at + start, mask=inside[:, None], other=0.0)
-        if FP8 == "none":
-            total = product(hidden, tile, total, DEVICE)
-        else:
-            group = start // 128
-            weight_scale = tl.load(scale_at + group)
-            nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            if FP8 == "bits":
-                total += product(hidden, operand(tile, FP8), nothing, DEVICE) * weight_scale
-            elif QUANTIZED:
-                scale = tl.load(hidden_scale_at + group, mask=is_slot, other=0.0)
-                total += product(hidden, tile, nothing, DEVICE) * (scale * weight_scale)[:, None]
-            else:
-                exact = hidden.to(tl.float32)
-                scale = group_scale(exact)
-                part = product(to_e4m3(exact, scale, DEVICE), tile, nothing, DEVICE)
-                total += part * (scale * weight_scale)[:, None]
+        group = start // 128
+        hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
+        scale = load_scales(hidden_scale_at + group, used, QUANTIZED)
+        if FP8 == "native" and not QUANTIZED:
+            exact = hidden.to(tl.float32)
+            scale = group_scale(exact)
+            hidden = to_e4m3(exact, scale, DEVICE)
+        weights = load_weights(weight_at, start, I, BLOCK_K)
+        total = step(total, hidden, scale, weights, weight_scale_at + group, FP8, DEVICE)
     if HAS_BIAS:
-        total = total + tl.load(bias_ptr + expert.to(tl.int64) * H + row)[None, :]
+        total = total + tl.load(bias_ptr + expert * H + row)[None, :]
     out_at = out_ptr + slot.to(tl.int64)[:, None] * H + n[None, :]
-    tl.store(out_at, to_bfloat16(total, DEVICE), mask=is_slot[:, None] & (n < H)[None, :])
+    tl.store(out_at, to_bfloat16(total, DEVICE), mask=used[:, None] & (n < H)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_local", "num_local"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile
 from typed_moe.kernels._experts_math import is_gated_type
+from typed_moe.kernels._fused_rules import power_of_two
 from typed_moe.kernels._triton_experts import (
     combine_kernel,
     first_kernel,
@@ -35,7 +36,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
     width = rows.shape[1]
     if output is None:
         output = torch.empty((tokens, width), dtype=torch.bfloat16, device=rows.device)
-    block = 256 if tokens < 128 else min(1024, triton.next_power_of_2(width))
+    block = 256 if tokens < 128 else min(1024, power_of_two(width))
     local = slots.sorted
     combine_kernel[(tokens, triton.cdiv(width, block))](
         rows,
@@ -85,6 +86,11 @@ def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
     return tensor.view(torch.uint8) if fp8 == "bits" else tensor
 
 
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A pointer for a kernel that will not read it, where there is no tensor."""
+    return other if tensor is None else tensor
+
+
 def first(
     operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
 ) -> tuple[Tensor, Tensor | None]:
@@ -100,16 +106,16 @@ def first(
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
-        scale,
+        _or(scale, x),
         _bytes(operands.first, operands.fp8),
-        operands.first_scale,
-        experts.gemm1_bias,
+        _or(operands.first_scale, x),
+        _or(experts.gemm1_bias, x),
         slots.weights,
-        experts.gemm1_alpha,
-        experts.gemm1_beta,
-        experts.gemm1_clamp_limit,
+        _or(experts.gemm1_alpha, x),
+        _or(experts.gemm1_beta, x),
+        _or(experts.gemm1_clamp_limit, x),
         hidden,
-        hidden_scale,
+        _or(hidden_scale, x),
         local.slots,
         local.block_experts,
         slots.ids.numel(),
@@ -121,13 +127,14 @@ def first(
         H=x.shape[1],
         I=width,
         KIND=experts.activation_type,
-        GATED=is_gated_type(experts.activation_type),
+        HALVES=2 if is_gated_type(experts.activation_type) else 1,
         HAS_ALPHA=experts.gemm1_alpha is not None,
         HAS_BETA=experts.gemm1_beta is not None,
         HAS_LIMIT=experts.gemm1_clamp_limit is not None,
         HAS_BIAS=experts.gemm1_bias is not None,
         ON_INPUT=slots.on_input,
         FP8=operands.fp8,
+        SCALED=scale is not None,
         QUANTIZE=quantize,
         BLOCK_M=tile.block_m,
         BLOCK_N=gemm.block_n,
@@ -155,10 +162,10 @@ def second(
     blocks = local.block_experts.shape[0]
     second_kernel[(blocks * triton.cdiv(height, gemm.block_n),)](
         hidden,
-        hidden_scale,
+        _or(hidden_scale, hidden),
         _bytes(operands.second, operands.fp8),
-        operands.second_scale,
-        experts.gemm2_bias,
+        _or(operands.second_scale, hidden),
+        _or(experts.gemm2_bias, hidden),
         out,
         local.slots,
         local.block_experts,
