@@ -1,6 +1,7 @@
 """The Triton expert kernels' logic in Triton's interpreter, on small shapes. No GPU.
 
-`tests/gpu/test_triton_experts.py` has the same kernels compiled.
+`tests/gpu/test_triton_experts.py` has the same kernels compiled, `tests/layer/test_triton_plan.py`
+what they take.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typed_moe import (
     DeepSeekV3,
     Fp8BlockScale,
     Llama4,
-    MxFp4,
     Placement,
     ReferenceKernel,
     Renormalize,
@@ -31,13 +31,12 @@ from typed_moe import (
     RoutingForm,
     RoutingStrategy,
     TritonKernel,
-    UnsupportedRouting,
 )
 from typed_moe.kernels import FromLogits, MoeArgs
-from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, ExpertTile, GemmTile
+from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.quantization import quantize_activation, stored_error_bound
 
-interpreted = [
+pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton is not installed here"
     ),
@@ -49,8 +48,6 @@ interpreted = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
 ]
-pytestmark = interpreted
-
 BF16 = stored_error_bound(Bf16())
 FP8 = stored_error_bound(Fp8BlockScale())
 FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
@@ -256,34 +253,6 @@ def test_output_and_replay_are_written() -> None:
     assert bool((replay[TOKENS:] == -7).all())
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dtype": torch.float32}, "this layer's are torch.float32; pass dtype=torch.bfloat16"),
-        ({"quant": MxFp4(), "hidden_size": 64, "intermediate_size": 64}, "format is mxfp4"),
-        (
-            {"hidden_size": 36},
-            "multiples of 8 in the format unquantized; this layer has hidden_size 36",
-        ),
-        (
-            {"quant": Fp8BlockScale(), "hidden_size": 256, "intermediate_size": 192},
-            "multiples of 128 in the format fp8_block; .* intermediate_size 192",
-        ),
-        (
-            {"num_fused_shared_experts": 1, "placement": Placement(ep_size=2)},
-            "added once per rank; run them unfused",
-        ),
-    ],
-)
-def test_refusals(change: dict[str, object], reason: str) -> None:
-    """What it does not multiply is said when the layer is made."""
-    made = build(RenormalizeNaive(), RoutingForm.PRECOMPUTED)
-    for name, value in change.items():
-        object.__setattr__(made, name, value)
-    with pytest.raises(UnsupportedRouting, match=reason):
-        made.empty()
-
-
 def test_a_record_of_another_format() -> None:
     """A record made by hand is looked at too."""
     args: MoeArgs = record("mxfp8", oracle.Act()).make(precomputed(*chosen()))
@@ -305,17 +274,3 @@ def test_torch_compile() -> None:
     eager = layer(x, logits)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, logits), eager)
-
-
-@pytest.mark.parametrize("operand", ["bf16", "fp8"])
-def test_tiles_fit_their_cards(operand: Literal["bf16", "fp8"]) -> None:
-    """Pipelines within the shared memory of a program: 227 KB on Hopper, 99 KB on any card."""
-    for tables, limit in ((HOPPER, 227), (ANY_CARD, 99)):
-        table = tables[operand]
-        assert [most for most, _ in table] == sorted(most for most, _ in table)
-        for _, tile in table:
-            assert tile.shared_memory(operand, gated=True) <= limit * 1024
-            if operand == "fp8":
-                assert tile.first.block_k == tile.second.block_k == 128
-                assert tile.first.block_n <= 128
-                assert tile.second.block_n <= 128

@@ -100,6 +100,9 @@ def dot(
     other: tensor,
     acc: tensor | None = None,
     input_precision: str | None = None,
+    allow_tf32: bool | None = None,
+    max_num_imprecise_acc: int | None = None,
+    out_dtype: dtype = ...,
 ) -> tensor: ...
 def log(x: tensor) -> tensor: ...
 def div_rn(x: tensor, y: tensor) -> tensor: ...

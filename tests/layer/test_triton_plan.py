@@ -1,0 +1,148 @@
+"""What the Triton experts take, which tiles they run with, and the plan's choice. No GPU, no Triton."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+import pytest
+import torch
+
+from typed_moe import (
+    Bf16,
+    Fp8BlockScale,
+    MxFp4,
+    ReferenceKernel,
+    Refused,
+    RenormalizeNaive,
+    RoutingForm,
+    RoutingShape,
+    Swiglu,
+    TritonKernel,
+    Unquantized,
+    UnsupportedRouting,
+)
+from typed_moe.config import Placement
+from typed_moe.kernels import KernelRequest, triton_experts
+from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, table_of, tile_of
+from typed_moe.routing import KernelRules
+from typed_moe.runners import _planning
+from typed_moe.runners._planning import decide
+
+REQUEST = KernelRequest(
+    shape=RoutingShape(num_experts=16, top_k=4),
+    quant=Bf16(),
+    activation=Swiglu(),
+    placement=Placement(),
+    hidden_size=256,
+    intermediate_size=256,
+    num_fused_shared_experts=0,
+    has_bias=True,
+    device=torch.device("cuda"),
+    dtype=torch.bfloat16,
+)
+OPERANDS = pytest.mark.parametrize("operand", ["bf16", "fp8"])
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper card: Triton runs there, FlashInfer's kernels do not."""
+    monkeypatch.setattr(triton_experts, "fused_routing_refusal", lambda _device: None)
+    monkeypatch.setattr(
+        _planning, "installed_flashinfer", lambda _device: Refused("Blackwell only")
+    )
+
+
+@pytest.mark.usefixtures("card")
+def test_it_is_taken_after_flashinfer_and_before_the_reference() -> None:
+    """From logits, without being asked for, and the plan has every reason."""
+    plan = decide(REQUEST, RenormalizeNaive()).plan
+    assert plan.kernel == "triton"
+    assert plan.form is RoutingForm.IN_KERNEL
+    assert not plan.degraded
+    assert [one.taken for one in plan.candidates] == [False, False, True]
+    assert all("Blackwell only" in one.reason for one in plan.candidates[:2])
+
+
+@pytest.mark.usefixtures("card")
+def test_what_it_refuses_has_no_kernel_on_the_card() -> None:
+    """The reference still runs only when asked for, and the message has both reasons."""
+    request = attrs.evolve(REQUEST, quant=MxFp4(), has_bias=False)
+    with pytest.raises(UnsupportedRouting) as raised:
+        decide(request, RenormalizeNaive())
+    assert "refused  triton, in-kernel routing: multiplies bf16 and fp8_block" in str(raised.value)
+    assert "only when asked for" in str(raised.value)
+    assert decide(request, RenormalizeNaive(), kernel=ReferenceKernel()).plan.kernel == "reference"
+
+
+def test_without_a_card_it_says_so() -> None:
+    """A CPU layer that asks for it: a sentence, not a fault."""
+    rules = TritonKernel().rules(attrs.evolve(REQUEST, device=torch.device("meta")))
+    if isinstance(rules, KernelRules):
+        pytest.skip("Triton's interpreter serves every device")
+    assert "needs Triton" in rules.reason or "runs on CUDA devices" in rules.reason
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (
+            attrs.evolve(REQUEST, quant=Unquantized(), dtype=torch.float32),
+            "this layer's are torch.float32; pass dtype=torch.bfloat16",
+        ),
+        (attrs.evolve(REQUEST, quant=MxFp4()), "this layer's format is mxfp4"),
+        (
+            attrs.evolve(REQUEST, hidden_size=36),
+            "multiples of 8 in the format bf16; this layer has hidden_size 36",
+        ),
+        (
+            attrs.evolve(REQUEST, quant=Fp8BlockScale(), placement=Placement(tp_size=4)),
+            "multiples of 128 in the format fp8_block; this layer has hidden_size 256 and, on",
+        ),
+        (
+            attrs.evolve(REQUEST, num_fused_shared_experts=1, placement=Placement(ep_size=2)),
+            "added once per rank; run them unfused",
+        ),
+    ],
+)
+def test_refusals(request_: KernelRequest, reason: str) -> None:
+    """What it does not multiply, with the numbers."""
+    rules = TritonKernel().rules(request_)
+    assert isinstance(rules, Refused)
+    assert reason in rules.reason
+
+
+@pytest.mark.usefixtures("card")
+def test_native_fp8_is_refused_where_a_card_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name; left out, such a card converts in registers."""
+    monkeypatch.setattr(triton_experts, "_has_fp8", lambda _device: False)
+    request = attrs.evolve(REQUEST, quant=Fp8BlockScale())
+    rules = TritonKernel(fp8="native").rules(request)
+    assert isinstance(rules, Refused)
+    assert "start at compute capability 8.9; leave it out" in rules.reason
+    assert isinstance(TritonKernel().rules(request), KernelRules)
+
+
+@OPERANDS
+def test_tiles_fit_their_cards(operand: Literal["bf16", "fp8"]) -> None:
+    """Pipelines within the shared memory of a program: 227 KB on Hopper, 99 KB on any card."""
+    for tables, limit in ((HOPPER, 227), (ANY_CARD, 99)):
+        for _, tile in tables[operand]:
+            assert tile.shared_memory(operand, gated=True) <= limit * 1024
+            if operand == "fp8":
+                assert tile.first.block_k == tile.second.block_k == 128
+                assert max(tile.first.block_n, tile.second.block_n) <= 128
+
+
+@OPERANDS
+def test_a_tile_for_every_size_and_card(operand: Literal["bf16", "fp8"]) -> None:
+    """Taller blocks for fuller experts; a card of another name has the tiles that fit any."""
+    assert table_of("NVIDIA H100 80GB HBM3", operand) is HOPPER[operand]
+    assert table_of("NVIDIA GeForce RTX 4090", operand) is ANY_CARD[operand]
+    for table in (HOPPER[operand], ANY_CARD[operand]):
+        assert [most for most, _ in table] == sorted({most for most, _ in table})
+        heights = [tile_of(table, rows).block_m for rows in (0.01, 1, 8, 8.1, 64, 97, 4096, 2**40)]
+        assert heights == sorted(heights)
+        assert heights[0] == 16
+        assert heights[-1] == table[-1][1].block_m
