@@ -180,7 +180,9 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
                 2**31,
                 ExpertTile(
                     block_m=64,
-                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
+                    # 64 columns of either half are more than the registers hold on 8.0, where every
+                    # byte of a weight is converted in them.
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3, group_m=8),
                     second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
                 ),
             ),
