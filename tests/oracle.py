@@ -87,10 +87,16 @@ class Routing:
     decided: Tensor
 
 
-def route(rule: Rule, logits: Tensor, bias: Tensor | None, top_k: int) -> Routing:
-    """The experts of every token. Ties go to the lower id; a broken row gets weights 0."""
+def route(
+    rule: Rule, logits: Tensor, bias: Tensor | None, top_k: int, *, score_error: float = 0.0
+) -> Routing:
+    """The experts of every token. Ties go to the lower id; a broken row gets weights 0.
+
+    `score_error`: how far the scores that this is compared with may be off, beyond float32.
+    """
     x, broken = _usable(logits)
     ranking, unsure = _ranking(rule, x, bias)
+    unsure = unsure + score_error
     decided = torch.ones(x.shape[0], dtype=torch.bool)
     if rule.num_expert_group > 1:
         ranking, decided = _keep_groups(rule, ranking, unsure)

@@ -27,7 +27,14 @@ from typed_moe.config import (
     Unquantized,
 )
 from typed_moe.errors import CheckpointError, UnsupportedRouting
-from typed_moe.kernels import FlashInferKernel, MoeKernel, ReferenceKernel
+from typed_moe.kernels import (
+    FlashInferKernel,
+    MoeKernel,
+    ReferenceKernel,
+    Unfinalized,
+    UnfinalizedKernel,
+    UnfinalizedRules,
+)
 from typed_moe.layer import FusedMoE
 from typed_moe.models import (
     CheckpointLayout,
@@ -132,6 +139,9 @@ __all__ = [
     "TokenExchange",
     "TopK",
     "TopKSigmoid",
+    "Unfinalized",
+    "UnfinalizedKernel",
+    "UnfinalizedRules",
     "Unquantized",
     "UnsupportedRouting",
     "load_config",

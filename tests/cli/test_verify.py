@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from typed_moe.kernels import (
     MoeArgs,
     MoeKernel,
     ReferenceKernel,
+    Routing,
+    Unfinalized,
+    UnfinalizedRules,
 )
 from typed_moe.routing import KernelRules, Refused, Renormalize, RoutingForm, SqrtSoftplus
 
@@ -50,11 +54,25 @@ class Scaled:
         return self._kernel(args) * (self._factor if args.family in self._families else 1.0)
 
 
+class Swapped(Scaled):
+    """The same, whose unfinalized rows have each other's weights."""
+
+    def unfinalized_rules(
+        self, request: KernelRequest, routing: type[Routing]
+    ) -> UnfinalizedRules | Refused:
+        return self._kernel.unfinalized_rules(request, routing)
+
+    def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
+        made = self._kernel.unfinalized(args)
+        return replace(made, expert_weights=made.expert_weights.flip(1))
+
+
 class ScaledSource:
     """Such a kernel as something to verify."""
 
     name = "scaled"
     rounds_intermediate = True
+    stops_before_sum = True
 
     def __init__(self, factor: float, *families: str) -> None:
         self._made = Scaled(factor, families)
@@ -146,6 +164,21 @@ def test_a_kernel_that_is_two_per_cent_off_fails(
     assert table.status == 1
     assert "Failed, 18" in table.out
     assert f"the output is {factor}" in " ".join(table.out.split())
+
+
+def test_unfinalized_rows_with_each_others_weights_fail(
+    cli: Cli, small: pytest.MonkeyPatch
+) -> None:
+    """The layer's own sum is right; the caller's would not be."""
+    source = ScaledSource(1.0)
+    source._made = Swapped(1.0, ())
+    _run(Found(sources=(source,)), small)
+    done = cli("verify", "--device", "cpu", "--json")
+
+    assert done.status == 1
+    assert part(done.json(), "counts")["failed"] == 27
+    reasons = [str(row["reason"]) for row in items(done.json(), "rows") if row["verdict"] == "FAIL"]
+    assert all("the sum of forward_unfinalized is" in reason for reason in reasons)
 
 
 def test_a_kernel_that_raises_fails_its_rows(cli: Cli, small: pytest.MonkeyPatch) -> None:

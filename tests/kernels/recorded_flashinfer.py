@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tests.kernels import launcher
 from tests.kernels.signatures import table
 from typed_moe import FusedMoE
 from typed_moe.kernels._flashinfer_library import EnumName
@@ -25,11 +26,15 @@ def fill(layer: FusedMoE) -> FusedMoE:
 
 
 class RecordedLibrary:
-    """One of the ten releases. A call that its function would not take raises TypeError."""
+    """One of the ten releases. A call that its function would not take raises TypeError.
+
+    `mislabels` puts another release's fault, or its absence, in this one's place.
+    """
 
     def __init__(self, version: str) -> None:
         self._table = table(version)
         self.calls: list[tuple[str, dict[str, object]]] = []
+        self.mislabels: bool | None = None
 
     @property
     def version(self) -> str:
@@ -57,3 +62,16 @@ class RecordedLibrary:
         hidden = cast("Tensor", arguments["hidden_states"])
         width = hidden.shape[1] * (2 if hidden.dtype is torch.uint8 else 1)
         return torch.zeros(hidden.shape[0], width, dtype=torch.bfloat16, device=hidden.device)
+
+    def call_unfinalized(
+        self, entry_point: str, arguments: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the release's launcher would return, with a row of its expert's id for each slot."""
+        self._table.functions[entry_point].bind(**arguments)
+        self.calls.append((entry_point, dict(arguments)))
+        methods = {value: name for name, value in self._table.enums["RoutingMethodType"].items()}
+        slots = launcher.slots_of(arguments, methods)
+        mislabelled = launcher.mislabels(entry_point, self.version)
+        if self.mislabels is not None:
+            mislabelled = self.mislabels
+        return launcher.returned(arguments, slots, mislabelled=mislabelled)

@@ -32,6 +32,7 @@ from typed_moe import (
     Unquantized,
 )
 from typed_moe.kernels import FlashInferKernel
+from typed_moe.runners import KernelRunner
 
 FORMATS = (
     Unquantized(),
@@ -168,12 +169,44 @@ def test_the_operators_shape_and_schema() -> None:
     """torch's own check of a custom operator: schema, fake tensor, no aliasing."""
     layer = loaded(build(Bf16(), RoutingForm.IN_KERNEL))
     runner = layer.prepare_weights()
-    handle: int = runner._call._handle  # type: ignore[attr-defined]  # of Bf16Runner
+    assert isinstance(runner, KernelRunner)
+    handle = runner._call._handle
     x, logits = torch.randn(5, 128).bfloat16(), torch.randn(5, 8)
     weights = [layer.get_parameter(name).data for name in ("w13_weight", "w2_weight")]
-    operands = (logits, None, [x, *weights], handle, 128, 1, torch.bfloat16)
-    torch.library.opcheck(
-        torch.ops.typed_moe.bf16_moe.default,
-        operands,
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    operands = (logits, None, [x, *weights], handle, 128, 1)
+    for operator, more in (
+        (torch.ops.typed_moe.bf16_moe, (torch.bfloat16,)),
+        (torch.ops.typed_moe.bf16_moe_unfinalized, (2, torch.float32, torch.float32)),
+    ):
+        torch.library.opcheck(
+            operator.default, (*operands, *more), test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
+@pytest.mark.parametrize("quant", FORMATS, ids=lambda quant: quant.name)
+def test_unfinalized_rows_are_one_graph(quant: Format, form: RoutingForm) -> None:
+    """Their number is known when the kernel has run; what is made of them is compiled all the same."""
+    layer = loaded(build(quant, form, ReferenceKernel()))
+
+    def finished(x: Tensor, logits: Tensor) -> Tensor:
+        return layer.forward_unfinalized(x, logits).finalize(x.dtype)
+
+    compiled = torch.compile(finished, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (2, 7, 64):
+        x, logits = torch.randn(tokens, 128).bfloat16(), torch.randn(tokens, 8)
+        with torch.compiler.set_stance("default" if tokens == 2 else "fail_on_recompile"):
+            assert torch.equal(compiled(x, logits), layer(x, logits))
+
+
+def test_unfinalized_flashinfer_rows_are_one_graph() -> None:
+    """float32 weights come back as they were given, which an operator may not do: it copies."""
+    library = RecordedLibrary("0.7.2.post1")
+    layer = loaded(build(Nvfp4(), RoutingForm.PRECOMPUTED, FlashInferKernel(library)))
+    x, logits = torch.randn(16, 128).bfloat16(), torch.randn(16, 8)
+    eager = layer.forward_unfinalized(x, logits)
+    made = torch.compile(layer.forward_unfinalized, fullgraph=True, backend="aot_eager")(x, logits)
+
+    assert torch.equal(made.expert_weights, eager.expert_weights)
+    assert torch.equal(made.expanded_idx_to_permuted_idx, eager.expanded_idx_to_permuted_idx)
+    assert torch.equal(made.gemm2_output.view(torch.int16), eager.gemm2_output.view(torch.int16))

@@ -18,9 +18,11 @@ from typed_moe import (
     FusedMoE,
     Placement,
     Plan,
+    Refused,
     RenormalizeNaive,
     RoutingStrategy,
     TokenExchange,
+    Unfinalized,
 )
 
 experts = FusedMoE(
@@ -83,6 +85,20 @@ def exchanges(group: ProcessGroup) -> list[TokenExchange]:
     assert_type(dispatched, Dispatched)
     assert_type(dispatched.combine(hidden_states), Tensor)
     return [AllReduce(group=group), AllGatherReduceScatter(group=group), OwnExchange()]
+
+
+def unfinalized() -> None:
+    """Three tensors with names, or a refusal that says so."""
+    rules = experts.plan.unfinalized
+    if not isinstance(rules, Refused):
+        assert_type(rules.weights_dtype, torch.dtype)
+    made = experts.forward_unfinalized(hidden_states, router_logits)
+    assert_type(made, Unfinalized)
+    assert_type(made.finalize(torch.bfloat16), Tensor)
+    # There is no sum to put anywhere, and no tuple to take apart in the wrong order.
+    x, logits = hidden_states, router_logits
+    experts.forward_unfinalized(x, logits, output=x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    made[0]  # type: ignore[index]  # pyright: ignore[reportIndexIssue]
 
 
 def wrong_calls(group: ProcessGroup) -> None:

@@ -68,7 +68,9 @@ def print_paragraph(console: Console, text: str, indent: int = _INDENT) -> None:
 def print_plan(console: Console, plan: Plan) -> None:
     """A plan, and every kernel that was considered with the reason for its verdict."""
     print_heading(console, "Plan")
-    print_facts(console, [*plan.rows(), *(("degraded", text) for text in plan.degraded)])
+    remarks = [("kernel differs", text) for text in plan.differences]
+    remarks += [("degraded", text) for text in plan.degraded]
+    print_facts(console, [*plan.rows(), *remarks])
     print_heading(console, "Kernels considered")
     print_facts(
         console,
@@ -86,6 +88,7 @@ def plan_json(plan: Plan) -> dict[str, object]:
     """A plan as plain values."""
     return {
         **{what.replace(", ", "_").replace(" ", "_"): value for what, value in plan.rows()},
+        "kernel_differs": list(plan.differences),
         "degraded": list(plan.degraded),
         "kernels_considered": [
             {

@@ -233,8 +233,25 @@ class _Case:
             if self.strategy.bias is BiasRule.REQUIRED:
                 state["e_score_correction_bias"] = self.inputs.bias
             layer.load_state_dict(state)
-            total += layer(x, logits).to("cpu", torch.float64)
+            output = layer(x, logits)
+            if self.source.stops_before_sum and not isinstance(layer.plan.unfinalized, Refused):
+                self._compare_unfinalized(layer, x, logits, output)
+            total += output.to("cpu", torch.float64)
         return total
+
+    def _compare_unfinalized(
+        self, layer: FusedMoE, x: Tensor, logits: Tensor, output: Tensor
+    ) -> None:
+        """Raise where the layer's own sum and that of its unfinalized rows are not the same."""
+        total = layer.forward_unfinalized(x, logits).finalize(torch.float32)
+        off, size = float((total - output.float()).norm()), float(output.float().norm())
+        allowed = stored_error_bound(self.quant) * size
+        # Written so that NaN fails, and a rank without a token does not.
+        if not off <= allowed:
+            raise ArithmeticError(
+                f"the sum of forward_unfinalized is {off:.4g} off the layer's output, whose norm is "
+                f"{size:.4g}; allowed: {allowed:.4g}"
+            )
 
     def _judge(self, row: Row, output: Tensor, weighing: Weighing) -> Row:
         routing = oracle_routing(self.strategy, self.inputs, top_k_of(self.strategy))

@@ -35,6 +35,11 @@ class KernelSource(Protocol):
         """Whether it rounds between the two matrices as the format does."""
         ...
 
+    @property
+    def stops_before_sum(self) -> bool:
+        """Whether its unfinalized rows are verified too, where the plan has any."""
+        ...
+
     def activation(self, quant: Format) -> Activation:
         """With which a format is verified."""
         ...
@@ -59,6 +64,7 @@ class Reference:
 
     name: str = "reference"
     rounds_intermediate: bool = True
+    stops_before_sum: bool = True
 
     def activation(self, quant: Format) -> Activation:
         """What most models have."""
@@ -84,6 +90,7 @@ class FlashInfer:
     """FlashInfer's kernels on their own GPUs."""
 
     rounds_intermediate = True
+    stops_before_sum = True
 
     def __init__(self, device: torch.device) -> None:
         self._library = installed_flashinfer(device)
@@ -125,6 +132,7 @@ class FlashInferReferences:
     """FlashInfer's PyTorch references in place of its kernels: the calls, on any machine."""
 
     rounds_intermediate = False
+    stops_before_sum = False
 
     def __init__(self) -> None:
         # It imports flashinfer, which takes seconds and need not be installed.

@@ -2,9 +2,10 @@
 
 from typed_moe.kernels._activation_arguments import activation_arguments
 from typed_moe.kernels._fused_rules import FUSED_RULES
-from typed_moe.kernels._protocol import KernelRequest, MoeKernel
+from typed_moe.kernels._protocol import KernelRequest, MoeKernel, UnfinalizedKernel
 from typed_moe.kernels._reference_routing import route as route_reference
 from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     ActivationType,
     Bf16MoeArgs,
@@ -56,6 +57,9 @@ __all__ = [
     "Routing",
     "SortRequest",
     "SortedSlots",
+    "Unfinalized",
+    "UnfinalizedKernel",
+    "UnfinalizedRules",
     "activation_arguments",
     "append_shared",
     "entry_point",

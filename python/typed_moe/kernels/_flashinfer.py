@@ -52,6 +52,13 @@ class InstalledFlashInfer:
         # A bare tensor today, a list from 0.8 on; fp4 and mxint4 give a list already.
         return result[0] if isinstance(result, list) else result
 
+    def call_unfinalized(
+        self, entry_point: str, arguments: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `FlashInferLibrary.call_unfinalized`."""
+        rows, weights, index = _function(entry_point)(**arguments)
+        return rows, weights, index
+
 
 class _Function(Protocol):
     def __call__(self, **arguments: object) -> Tensor | list[Tensor]: ...

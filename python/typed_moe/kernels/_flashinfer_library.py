@@ -42,3 +42,13 @@ class FlashInferLibrary(Protocol):
     def call(self, entry_point: str, arguments: Mapping[str, object]) -> Tensor:
         """Call by keyword. Returns the finalised output, whatever container it came in."""
         ...
+
+    def call_unfinalized(
+        self, entry_point: str, arguments: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call with `do_finalize=False` among the keywords.
+
+        Returns:
+            gemm2_output (P, H), expert_weights (T, k), expanded_idx_to_permuted_idx (T * k,) int32.
+        """
+        ...

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import attrs
 import torch
 from torch import Tensor
 
 from typed_moe.config import Activation, Format, Placement
-from typed_moe.kernels.args import MoeArgs
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
+from typed_moe.kernels.args import MoeArgs, Routing
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import KernelRules, Refused, RoutingShape
 
@@ -70,4 +71,24 @@ class MoeKernel(Protocol):
 
         Not called with T = 0: runners return the empty result by themselves.
         """
+        ...
+
+
+@runtime_checkable
+class UnfinalizedKernel(Protocol):
+    """**Protocol:** a `MoeKernel` that also leaves the weighted sum to its caller."""
+
+    def unfinalized_rules(
+        self, request: KernelRequest, routing: type[Routing]
+    ) -> UnfinalizedRules | Refused:
+        """The dtypes for a layer that `rules` accepts, or why its rows come finalized alone.
+
+        Args:
+            request: the layer.
+            routing: the type of its records' `routing`.
+        """
+        ...
+
+    def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
+        """Run, up to the sum. The record has no `output`; not called with T = 0."""
         ...

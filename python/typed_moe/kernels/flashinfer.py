@@ -31,7 +31,9 @@ from typed_moe.kernels._flashinfer_arguments import (
 from typed_moe.kernels._flashinfer_layouts import layout_refusal, prepare_weights
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.kernels._flashinfer_padding import hidden_size_of, pad_activations
+from typed_moe.kernels._flashinfer_unfinalized import unfinalized_rules
 from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     ExpertArgs,
     Family,
@@ -166,6 +168,42 @@ class FlashInferKernel:
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) bfloat16; partial sums where the rank is one of several."""
+        call, arguments = self._arguments(args)
+        output = self._library.call(call.entry, arguments)
+        return output if call.hidden_size is None else output[:, : call.hidden_size]
+
+    def unfinalized_rules(
+        self, request: KernelRequest, routing: type[Routing]
+    ) -> UnfinalizedRules | Refused:
+        """bfloat16, but for the float32 weights of a precomputed call that takes them as such."""
+        family = facts.family_of(request.quant)
+        assert family is not None, "rules refuses what has no entry point"
+        return unfinalized_rules(self._library, family, routing)
+
+    def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
+        """Rows in the kernel's tiles; padded widths are cut off in a copy.
+
+        Raises:
+            UnsupportedRouting: `unfinalized_rules` refuses the release.
+        """
+        call, arguments = self._arguments(args)
+        if isinstance(call.unfinalized, Refused):
+            raise UnsupportedRouting(call.unfinalized.reason)
+        arguments["do_finalize"] = False
+        rows, weights, index = self._library.call_unfinalized(call.entry, arguments)
+        if isinstance(args.routing, FromLogits) and args.routing.use_routing_scales_on_input:
+            # The kernel's own finalize leaves them out then (`trtllm_fused_moe_runner.cu`).
+            weights = torch.ones_like(weights)
+        if call.hidden_size is not None:
+            rows = rows[:, : call.hidden_size].contiguous()
+        return Unfinalized(
+            gemm2_output=rows,
+            expert_weights=weights,
+            expanded_idx_to_permuted_idx=index.view(weights.shape),
+        )
+
+    def _arguments(self, args: MoeArgs) -> tuple[_Call, Arguments]:
+        """Every keyword of a call, and what it shares with the layer's other calls."""
         call = self._calls.get(args.experts)
         if call is None or call.mode is not type(args.routing):
             call = self._calls[args.experts] = self._first_call(args)
@@ -193,8 +231,7 @@ class FlashInferKernel:
                     "with routing_form=RoutingForm.PRECOMPUTED, which writes it before the kernel"
                 )
             arguments["routing_replay_out"] = args.routing.routing_replay_out
-        output = self._library.call(call.entry, arguments)
-        return output if call.hidden_size is None else output[:, : call.hidden_size]
+        return call, arguments
 
     def _first_call(self, args: MoeArgs) -> _Call:
         """What all calls with these experts have in common."""
@@ -219,6 +256,7 @@ class FlashInferKernel:
             writes_output="output" in parameters and pad_activations(args, hidden_size) is args,
             writes_replay="routing_replay_out" in parameters
             and version >= facts.REPLAY.get(_method(args), facts.REPLAY_SINCE),
+            unfinalized=unfinalized_rules(self._library, args.family, type(args.routing)),
             # A number that this release has no name for is left to the function's default, which
             # is the one layout, activation or kind that the release knows.
             constants={
@@ -269,6 +307,7 @@ class _Call:
         packed: precomputed ids and weights go in one word.
         hidden_size: H, where the kernel is given a wider one; None where it is not.
         writes_output, writes_replay: it writes to the caller's buffers.
+        unfinalized: what its rows come in without the sum, or why they come with it alone.
         constants: keywords that no call changes and that the function has.
         lacking: of the others, those that it lacks.
         optional: of the others, those that are left to its default where they are None.
@@ -280,6 +319,7 @@ class _Call:
     hidden_size: int | None
     writes_output: bool
     writes_replay: bool
+    unfinalized: UnfinalizedRules | Refused
     constants: Arguments
     lacking: tuple[str, ...]
     optional: tuple[str, ...]

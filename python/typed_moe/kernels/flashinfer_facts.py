@@ -3,8 +3,9 @@
 Sources: the wheels of 0.5.0, 0.5.3, 0.6.0, 0.6.3, 0.6.7, 0.6.8, 0.6.12, 0.6.18, 0.7.0 and
 0.7.2.post1: `fused_moe/core.py` (arguments), `RoutingCustomPolicy.cuh` (compiled tiers, 0.6.8 on),
 `trtllm_fused_moe_routing_renormalize.cu` (before), `..._deepseek.cu` and `..._llama4.cu` (kernel
-limits), `trtllm_fused_moe_kernel_launcher.cu` (checks). The from-logits limits of 0.7.2.post1
-were run against the real kernels on an H100, 2026-11-23.
+limits), `trtllm_fused_moe_kernel_launcher.cu` (checks). All that is said of routing from logits
+is compared with 0.7.2.post1's own routing kernels by `python -m tests.conformance`, last on an
+H100, 2026-11-23 (docs/conformance.md).
 
 Argument names are not here: they are read from the installed functions.
 """
@@ -32,7 +33,7 @@ from typed_moe.config import (
 )
 from typed_moe.kernels.args import Family
 from typed_moe.kernels.flashinfer_versions import Version, version_text
-from typed_moe.routing import GroupLimits, MethodRules, PrecomputedRules, Tier
+from typed_moe.routing import BrokenRows, GroupLimits, MethodRules, PrecomputedRules, Tier
 
 OLDEST: Version = (0, 5, 0)
 NEWEST = "0.7.2.post1"
@@ -40,12 +41,35 @@ NEWEST = "0.7.2.post1"
 
 _LOGITS = (torch.float32, torch.bfloat16)
 _BIAS = (torch.float32, torch.bfloat16)
+_SIGMOID_ERROR = 4.0e-6
+"""Of `sigmoid_accurate` in `RoutingKernel.cuh`, 0.5 * tanh(x / 2) + 0.5, in the fast arithmetic that
+FlashInfer compiles with: 3.99e-6 over all float32 (8.2e-8 without), H100, 2026-11-23."""
+_SOFTMAX_ROWS = BrokenRows(nan="nan", minus_infinity="nan", one_nan="nan")
+_LOGIT_ROWS = BrokenRows(nan="nan", minus_infinity="other", one_nan="other")
+_SIGMOID_ROWS = BrokenRows(nan="nan", minus_infinity="zero", one_nan="other")
+_BIASED_ROWS = BrokenRows(nan="nan", minus_infinity="zero", one_nan="nan")
+
 _SMALL = MethodRules(tiers=(Tier(max_experts=256, max_top_k=8),), logits_dtypes=_LOGITS)
-_SOFTMAX = MethodRules(tiers=(Tier(max_experts=2048, max_top_k=32),), logits_dtypes=_LOGITS)
-_BIASED = MethodRules(
-    tiers=(Tier(max_experts=1024, max_top_k=32),), logits_dtypes=_LOGITS, bias_dtypes=_BIAS
+_SMALL_SIGMOID = attrs.evolve(_SMALL, score_error=_SIGMOID_ERROR, broken_rows=_SIGMOID_ROWS)
+_SOFTMAX = MethodRules(
+    tiers=(Tier(max_experts=2048, max_top_k=32),),
+    logits_dtypes=_LOGITS,
+    broken_rows=_SOFTMAX_ROWS,
 )
-_LLAMA4 = MethodRules(tiers=(Tier(max_experts=128, max_top_k=1),), logits_dtypes=_LOGITS)
+_BIASED = MethodRules(
+    tiers=(Tier(max_experts=1024, max_top_k=32),),
+    logits_dtypes=_LOGITS,
+    bias_dtypes=_BIAS,
+    no_bias="fault",
+    score_error=_SIGMOID_ERROR,
+    broken_rows=_BIASED_ROWS,
+)
+_LLAMA4 = MethodRules(
+    tiers=(Tier(max_experts=128, max_top_k=1),),
+    logits_dtypes=_LOGITS,
+    score_error=_SIGMOID_ERROR,
+    broken_rows=BrokenRows(one_nan="other"),
+)
 _DEEPSEEK_V3 = MethodRules(
     tiers=(
         Tier(max_experts=384, max_top_k=8),
@@ -58,6 +82,10 @@ _DEEPSEEK_V3 = MethodRules(
         max_groups=8, max_experts_per_group=32, max_topk_group=4, top_k_below_kept=True
     ),
     grouped_bias_dtype=torch.bfloat16,
+    no_bias="fault",
+    grouped_no_bias="zeros",
+    score_error=_SIGMOID_ERROR,
+    broken_rows=_BIASED_ROWS,
 )
 
 
@@ -85,13 +113,13 @@ _LOST_WEIGHTS = (
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "Default": Method(_SMALL, (0, 6, 16), _UNCOVERED),
+        "Default": Method(attrs.evolve(_SMALL, broken_rows=_SOFTMAX_ROWS), (0, 6, 16), _UNCOVERED),
         "Renormalize": _RENORMALIZE,
         "RenormalizeNaive": _RENORMALIZE,
-        "TopK": Method(_SMALL, (0, 6, 16), _UNCOVERED),
-        "Sigmoid": Method(_SMALL, (0, 6, 16), _UNCOVERED),
-        "SigmoidRenorm": Method(_SMALL, (0, 6, 16), _UNCOVERED),
-        "TopKSigmoid": Method(_SMALL, (0, 6, 18), "they have no such method"),
+        "TopK": Method(attrs.evolve(_SMALL, broken_rows=_LOGIT_ROWS), (0, 6, 16), _UNCOVERED),
+        "Sigmoid": Method(_SMALL_SIGMOID, (0, 6, 16), _UNCOVERED),
+        "SigmoidRenorm": Method(_SMALL_SIGMOID, (0, 6, 16), _UNCOVERED),
+        "TopKSigmoid": Method(_SMALL_SIGMOID, (0, 6, 18), "they have no such method"),
         "Llama4": Method(
             _LLAMA4,
             (0, 6, 16),
@@ -129,6 +157,23 @@ packed words in every release.
 REPLAY_SINCE: Version = (0, 6, 13)
 REPLAY: Mapping[str | None, Version] = MappingProxyType({"Llama4": (0, 6, 18)})
 """Since when `routing_replay_out` is written; before, most kernels leave it as it was (#3382)."""
+
+WEIGHTS_LABELLED: Mapping[Family, Version] = MappingProxyType(
+    {
+        "bf16": (0, 6, 16),
+        "fp8_per_tensor_scale": (0, 6, 16),
+        "fp8_per_channel_scale": (0, 6, 16),
+        "fp8_block_scale": (0, 6, 16),
+        "fp4_block_scale": (0, 6, 15),
+        "mxint4_block_scale": (0, 6, 16),
+    }
+)
+"""Since when `do_finalize=False` from logits says that its weights are bfloat16, which they are.
+
+Before, float32 logits gave a tensor that calls itself float32 (flashinfer#3595, #3644, #3925). The
+logits' dtype is a call's, so the whole release is refused from logits. Precomputed weights have
+their dtype in every release: bfloat16 out of packed words, the caller's own where they are a tensor.
+"""
 
 ACTIVATIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {

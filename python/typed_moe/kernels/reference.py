@@ -22,7 +22,8 @@ from typed_moe.kernels._experts_math import activate, is_gated_type, settings_of
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._reference_formats import Numerics, numerics_of
 from typed_moe.kernels._reference_routing import METHODS, route
-from typed_moe.kernels.args import ExpertArgs, FromLogits, MoeArgs, Precomputed
+from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
+from typed_moe.kernels.args import ExpertArgs, FromLogits, MoeArgs, Precomputed, Routing
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.routing import (
     ANY_SIZE,
@@ -107,27 +108,47 @@ class ReferenceKernel:
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         """(T, H) float32: the sum over this rank's experts of weight * expert(x)."""
-        experts = args.experts
-        routing = _with_shared(_routing(args.routing, experts.top_k), args.routing, experts)
-        weights = routing.topk_weights.float()
-        numerics = numerics_of(args)
-        on_input = isinstance(args.routing, FromLogits) and args.routing.use_routing_scales_on_input
-        local = to_local(
-            routing.topk_ids,
-            local_expert_offset=experts.local_expert_offset,
-            local_num_experts=experts.local_num_experts,
-            num_experts=experts.num_experts,
-            num_fused_shared_experts=experts.num_fused_shared_experts,
-        )
-        output = torch.zeros(
-            weights.shape[0], numerics.hidden_size, dtype=torch.float32, device=weights.device
-        )
-        for expert, token, slot in slots_by_expert(local):
-            weight = weights[token, slot].unsqueeze(-1)
-            x = numerics.hidden_states(token)
-            y = self._expert(x * weight if on_input else x, expert, experts, numerics)
-            output.index_add_(0, token, y if on_input else y * weight)
+        slots, numerics = _Slots.of(args), numerics_of(args)
+        output = slots.weights.new_zeros((slots.weights.shape[0], numerics.hidden_size))
+        for token, slot, y in self._outputs(args.experts, slots, numerics):
+            weight = slots.weights[token, slot].unsqueeze(-1)
+            output.index_add_(0, token, y if slots.on_input else y * weight)
         return output
+
+    def unfinalized_rules(
+        self, request: KernelRequest, routing: type[Routing]
+    ) -> UnfinalizedRules | Refused:
+        """float32 throughout, for every layer."""
+        del request, routing
+        return UnfinalizedRules(rows_dtype=torch.float32, weights_dtype=torch.float32)
+
+    def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
+        """T * k rows, this rank's first, expert after expert; the others are NaN."""
+        slots, numerics = _Slots.of(args), numerics_of(args)
+        weights = slots.weights
+        rows = weights.new_full((weights.numel(), numerics.hidden_size), torch.nan)
+        index = torch.full_like(slots.local.ids, -1, dtype=torch.int32)
+        start = 0
+        for token, slot, y in self._outputs(args.experts, slots, numerics):
+            stop = start + len(token)
+            rows[start:stop] = y
+            index[token, slot] = torch.arange(start, stop, dtype=torch.int32, device=index.device)
+            start = stop
+        return Unfinalized(
+            gemm2_output=rows,
+            expert_weights=torch.ones_like(weights) if slots.on_input else weights,
+            expanded_idx_to_permuted_idx=index,
+        )
+
+    def _outputs(
+        self, args: ExpertArgs, slots: _Slots, numerics: Numerics
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(token indices, slot indices, (n, H) unweighted outputs) of each expert in use."""
+        for expert, token, slot in slots_by_expert(slots.local):
+            x = numerics.hidden_states(token)
+            if slots.on_input:
+                x = x * slots.weights[token, slot].unsqueeze(-1)
+            yield token, slot, self._expert(x, expert, args, numerics)
 
     def _expert(self, x: Tensor, expert: int, args: ExpertArgs, numerics: Numerics) -> Tensor:
         """One expert on its tokens: (n, H) float32 to (n, H) float32."""
@@ -143,6 +164,34 @@ class ReferenceKernel:
         if args.gemm2_bias is not None:
             second = second + args.gemm2_bias[expert].float()
         return second
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class _Slots:
+    """Where each token goes on this rank: weights (T, k) float32, and on which side they go."""
+
+    local: LocalExpertIds
+    weights: Tensor
+    on_input: bool
+
+    @staticmethod
+    def of(args: MoeArgs) -> _Slots:
+        """A record's routing, by the reference or as given, with fused shared experts."""
+        experts, asked = args.experts, args.routing
+        routing = _with_shared(_routing(asked, experts.top_k), asked, experts)
+        local = to_local(
+            routing.topk_ids,
+            local_expert_offset=experts.local_expert_offset,
+            local_num_experts=experts.local_num_experts,
+            num_experts=experts.num_experts,
+            num_fused_shared_experts=experts.num_fused_shared_experts,
+        )
+        return _Slots(
+            local=local,
+            weights=routing.topk_weights.float(),
+            on_input=isinstance(asked, FromLogits) and asked.use_routing_scales_on_input,
+        )
 
 
 def to_local(

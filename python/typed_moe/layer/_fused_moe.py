@@ -20,8 +20,14 @@ from typed_moe.config import (
     Unquantized,
     is_gated,
 )
-from typed_moe.errors import CheckpointError
-from typed_moe.kernels import ExpertWeights, KernelRequest, MoeKernel, ReferenceKernel
+from typed_moe.errors import CheckpointError, UnsupportedRouting
+from typed_moe.kernels import (
+    ExpertWeights,
+    KernelRequest,
+    MoeKernel,
+    ReferenceKernel,
+    Unfinalized,
+)
 from typed_moe.layer._checkpoint_names import read_names
 from typed_moe.layer._checks import (
     check_buffers,
@@ -42,12 +48,12 @@ from typed_moe.layer._parameters import (
 )
 from typed_moe.models import CheckpointLayout
 from typed_moe.quantization import calibration_scale
-from typed_moe.routing import BiasRule, RoutingForm, RoutingShape, RoutingStrategy
+from typed_moe.routing import BiasRule, Refused, RoutingForm, RoutingShape, RoutingStrategy
 from typed_moe.runners import (
     NO_BUFFERS,
     CallBuffers,
     EpMoeRunner,
-    MoeRunner,
+    KernelRunner,
     Plan,
     TokenExchange,
     decide,
@@ -112,7 +118,7 @@ class FusedMoE(nn.Module):
     """
 
     e_score_correction_bias: Tensor | None
-    _runner: MoeRunner | None
+    _runner: KernelRunner | EpMoeRunner | None
 
     def __init__(
         self,
@@ -252,18 +258,71 @@ class FusedMoE(nn.Module):
         if output is not None or routing_replay_out is not None:
             buffers = CallBuffers(output=output, routing_replay_out=routing_replay_out)
             check_buffers(self._label(), self._request, hidden_states, buffers)
-        runner = self._runner
-        if runner is None:
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "call prepare_weights() before torch.compile: looking at the weights waits for "
-                    "the device, which a graph cannot"
-                )
-            runner = self.prepare_weights()
+        runner = self._ready()
         # With an exchange a rank without tokens still has its experts' part for the others to do.
         if hidden_states.shape[0] == 0 and self._exchange is None:
             return torch.empty_like(hidden_states) if output is None else output
         return runner(hidden_states, router_logits, self.e_score_correction_bias, buffers)
+
+    def forward_unfinalized(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *,
+        routing_replay_out: Tensor | None = None,
+    ) -> Unfinalized:
+        """The experts' outputs before the weighted sum, for a caller that adds up by itself.
+
+        forward_unfinalized(x, logits).finalize() is the layer's output. What it is for: one kernel
+        that adds up, all-reduces over the ranks and norms.
+
+        Args:
+            hidden_states: as for the layer's call.
+            router_logits: as for the layer's call.
+            routing_replay_out: as for the layer's call.
+
+        Returns:
+            Rows, weights and where each slot's row stands, in the dtypes of `plan.unfinalized`. For
+            T = 0 there are no rows.
+
+        Raises:
+            ValueError, TypeError: as for the layer's call.
+            UnsupportedRouting: `plan.unfinalized` is a refusal; its reason.
+        """
+        rules = self.plan.unfinalized
+        if isinstance(rules, Refused):
+            raise UnsupportedRouting(f"{self._label()}: {rules.reason}")
+        self._check_call(hidden_states, router_logits)
+        buffers = NO_BUFFERS
+        if routing_replay_out is not None:
+            buffers = CallBuffers(routing_replay_out=routing_replay_out)
+            check_buffers(self._label(), self._request, hidden_states, buffers)
+        runner = self._ready()
+        assert isinstance(runner, KernelRunner), "the plan refuses an exchange"
+        if hidden_states.shape[0] == 0:
+            request = self._request
+            slots = request.shape.top_k + request.num_fused_shared_experts
+            return Unfinalized(
+                gemm2_output=hidden_states.new_empty(
+                    (0, request.hidden_size), dtype=rules.rows_dtype
+                ),
+                expert_weights=hidden_states.new_empty((0, slots), dtype=rules.weights_dtype),
+                expanded_idx_to_permuted_idx=hidden_states.new_empty((0, slots), dtype=torch.int32),
+            )
+        return runner.unfinalized(
+            hidden_states, router_logits, self.e_score_correction_bias, buffers
+        )
+
+    def _ready(self) -> KernelRunner | EpMoeRunner:
+        """The runner, made now if this is the first call."""
+        if self._runner is not None:
+            return self._runner
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "call prepare_weights() before torch.compile: looking at the weights waits for "
+                "the device, which a graph cannot"
+            )
+        return self.prepare_weights()
 
     if TYPE_CHECKING:
 
@@ -394,7 +453,7 @@ class FusedMoE(nn.Module):
                 f"loaded; load them with load_weights{hint}"
             )
 
-    def prepare_weights(self) -> MoeRunner:
+    def prepare_weights(self) -> KernelRunner | EpMoeRunner:
         """Look at the weights, and give them to the kernel in its own layout.
 
         Called before the first forward pass; call it earlier to have the time spent at

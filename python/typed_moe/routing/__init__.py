@@ -11,6 +11,7 @@ from typed_moe.routing._protocol import RoutingStrategy
 from typed_moe.routing._records import (
     ANY_SIZE,
     BiasRule,
+    BrokenRows,
     GlobalExpertIds,
     GroupLimits,
     InKernel,
@@ -41,6 +42,7 @@ __all__ = [
     "ANY_SIZE",
     "BiasRule",
     "BiasedSigmoid",
+    "BrokenRows",
     "DeepSeekV3",
     "Default",
     "GlobalExpertIds",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from typed_moe.routing._limits import beyond, bias_dtype_for, rules_for
-from typed_moe.routing._records import InKernel, KernelRules, Refused, RoutingShape
+from typed_moe.routing._limits import beyond, bias_dtype_for, differences, rules_for
+from typed_moe.routing._records import GroupLimits, InKernel, KernelRules, Refused, RoutingShape
 
 
 def grouped_refusal(
@@ -16,13 +16,13 @@ def grouped_refusal(
     num_expert_group: int,
     topk_group: int,
 ) -> Refused | None:
-    """Why a kernel does not take these groups; None if it does, or if there are none."""
-    if num_expert_group == 1:
-        return None
+    """Why a kernel does not take these groups; None if it does. No groups are one of all experts."""
     method = rules_for(name, rules)
     if isinstance(method, Refused):
         return method
     limits = method.groups
+    if num_expert_group == 1:
+        return _beyond_kept(name, shape, rules, limits, kept=shape.num_experts)
     if limits is None:
         return Refused(
             f"{rules.kernel} routes {name} without groups; num_expert_group is {num_expert_group}"
@@ -37,12 +37,18 @@ def grouped_refusal(
             return Refused(
                 f"{rules.kernel} routes {name} with {what} up to {most}; here it is {got}"
             )
-    if limits.top_k_below_kept and shape.top_k >= topk_group * per_group:
-        return Refused(
-            f"{rules.kernel} routes {name} with top_k below topk_group * experts per group = "
-            f"{topk_group * per_group}; here it is {shape.top_k}"
-        )
-    return None
+    return _beyond_kept(name, shape, rules, limits, kept=topk_group * per_group)
+
+
+def _beyond_kept(
+    name: str, shape: RoutingShape, rules: KernelRules, limits: GroupLimits | None, *, kept: int
+) -> Refused | None:
+    if limits is None or not limits.top_k_below_kept or shape.top_k < kept:
+        return None
+    return Refused(
+        f"{rules.kernel} routes {name} with top_k below topk_group * experts per group = {kept}; "
+        f"here it is {shape.top_k}"
+    )
 
 
 def biased_in_kernel(
@@ -77,4 +83,5 @@ def biased_in_kernel(
         use_routing_scales_on_input=False,
         logits_dtypes=method.logits_dtypes,
         bias_dtype=bias,
+        differences=differences(method),
     )

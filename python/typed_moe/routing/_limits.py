@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from typed_moe.routing._records import (
+    BrokenRows,
     InKernel,
     KernelRules,
     MethodRules,
@@ -52,6 +53,37 @@ def plain_in_kernel(
         norm_topk_prob=norm_topk_prob,
         use_routing_scales_on_input=False,
         logits_dtypes=method.logits_dtypes,
+        differences=differences(method),
+    )
+
+
+def differences(method: MethodRules) -> tuple[str, ...]:
+    """Where a kernel's result is not the strategy's, one sentence each."""
+    return (*_score_sentences(method.score_error), *_row_sentences(method.broken_rows))
+
+
+def _score_sentences(error: float) -> tuple[str, ...]:
+    """Half a bfloat16's step, in which weights are given, is a 512th of a value."""
+    if not error:
+        return ()
+    sentence = (
+        f"its scores are off by up to {error:.0e} in themselves, so the weights of a token whose "
+        f"chosen scores are all below {512 * error:.0e} are off by more than bfloat16 rounds them"
+    )
+    return (sentence,)
+
+
+def _row_sentences(rows: BrokenRows) -> tuple[str, ...]:
+    said = {"nan": "are NaN", "other": "are not all 0"}
+    kinds = (
+        ("of NaN", rows.nan),
+        ("of -inf", rows.minus_infinity),
+        ("with one NaN", rows.one_nan),
+    )
+    return tuple(
+        f"the weights of a row {kind} {said[weights]}; the strategy's are 0"
+        for kind, weights in kinds
+        if weights != "zero"
     )
 
 

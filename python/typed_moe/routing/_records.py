@@ -168,6 +168,27 @@ class GroupLimits:
     top_k_below_kept: bool = False
 
 
+NoBias = Literal["zeros", "fault"]
+RowWeights = Literal["zero", "nan", "other"]
+"""Weights of a row whose logits are no numbers: all 0, all NaN, or neither."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class BrokenRows:
+    """What a kernel makes of rows that a strategy gives weight 0.
+
+    Attributes:
+        nan: of NaN alone.
+        minus_infinity: of -inf alone.
+        one_nan: with a NaN among numbers.
+    """
+
+    nan: RowWeights = "zero"
+    minus_infinity: RowWeights = "zero"
+    one_nan: RowWeights = "zero"
+
+
 @final
 @attrs.frozen(kw_only=True)
 class MethodRules:
@@ -178,8 +199,13 @@ class MethodRules:
         logits_dtypes: the dtypes it reads, the preferred one first.
         bias_dtypes: the dtypes it reads for the correction bias; empty if it reads none.
         grouped_tiers: the compiled sizes with num_expert_group > 1; empty if it has no groups.
-        groups: the limits of grouped routing, where there is one.
+        groups: the limits of groups, one group of all experts included, where the method has any.
         grouped_bias_dtype: what the grouped kernel rounds the bias to before it adds it.
+        no_bias: what a null bias is to it: zeros, or an illegal address. None: it reads none.
+        grouped_no_bias: the same of the grouped kernel.
+        score_error: how far its scores may be off, in themselves, beyond float32's relative
+            rounding.
+        broken_rows: what it makes of rows that are no numbers.
     """
 
     tiers: tuple[Tier, ...]
@@ -188,6 +214,10 @@ class MethodRules:
     grouped_tiers: tuple[Tier, ...] = ()
     groups: GroupLimits | None = None
     grouped_bias_dtype: torch.dtype | None = None
+    no_bias: NoBias | None = None
+    grouped_no_bias: NoBias | None = None
+    score_error: float = 0.0
+    broken_rows: BrokenRows = BrokenRows()
 
 
 @final
@@ -254,6 +284,7 @@ class InKernel:
         use_routing_scales_on_input: the weight goes on the expert's input.
         logits_dtypes: what the logits may be, the preferred dtype first.
         bias_dtype: what the stored bias is cast to; None: passed as stored.
+        differences: where the kernel's result is not `select_experts`'s, one sentence each.
     """
 
     routing_method_type: str
@@ -265,3 +296,4 @@ class InKernel:
     logits_dtypes: tuple[torch.dtype, ...]
     bias_dtype: torch.dtype | None = None
     group_score: Literal["max", "top2_sum"] = "top2_sum"
+    differences: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from typed_moe.runners._fp4 import Fp4Runner
 from typed_moe.runners._fp8_block import Fp8BlockRunner
 from typed_moe.runners._fp8_per_channel import Fp8PerChannelRunner
 from typed_moe.runners._fp8_per_tensor import Fp8PerTensorRunner
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._mxint4 import MxInt4Runner
 from typed_moe.runners._plan import Candidate, Plan
 from typed_moe.runners._planning import Decision, decide
@@ -43,6 +44,7 @@ __all__ = [
     "Fp8BlockRunner",
     "Fp8PerChannelRunner",
     "Fp8PerTensorRunner",
+    "KernelRunner",
     "MoeRunner",
     "MxInt4Runner",
     "Plan",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 
-def make_runner(decision: Decision, weights: ExpertWeights) -> MoeRunner:
+def make_runner(decision: Decision, weights: ExpertWeights) -> KernelRunner:
     """The runner of the plan's format, for weights that the plan's kernel has prepared."""
     match decision.plan.request.quant:
         case Unquantized() | Bf16():

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, in_dtype, route
+from typed_moe.runners._base import CallBuffers, expert_args, in_dtype, route
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._planning import Decision
 
 
 @final
-class Bf16Runner:
+class Bf16Runner(KernelRunner):
     """bfloat16 weights, or whatever dtype an unquantised layer has."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -22,18 +24,18 @@ class Bf16Runner:
         self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[Bf16MoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
-        args = Bf16MoeArgs(
+        record = Bf16MoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -41,4 +43,4 @@ class Bf16Runner:
             gemm1_weights=self._w13,
             gemm2_weights=self._w2,
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies

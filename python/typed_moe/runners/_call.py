@@ -1,8 +1,9 @@
 """The kernel's call, also from inside a compiled graph.
 
 torch.compile cannot look into a kernel, and need not: under it the call is one custom operator per
-kernel family, `typed_moe::<family>_moe`, with every tensor of the record as an operand. What is
-not a tensor stays behind a handle, since no call changes it.
+kernel family, `typed_moe::<family>_moe`, with every tensor of the record as an operand, and
+`typed_moe::<family>_moe_unfinalized` without the sum. What is not a tensor stays behind a handle,
+since no call changes it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels import (
     Bf16MoeArgs,
     ExpertArgs,
@@ -29,8 +31,10 @@ from typed_moe.kernels import (
     MoeArgs,
     MxInt4MoeArgs,
     Precomputed,
+    Unfinalized,
+    UnfinalizedKernel,
 )
-from typed_moe.routing import InKernel, as_global_ids
+from typed_moe.routing import InKernel, Refused, as_global_ids
 from typed_moe.runners._base import in_dtype
 from typed_moe.runners._planning import Decision
 
@@ -100,6 +104,9 @@ class KernelCall:
         self._hidden_size = decision.plan.request.hidden_size
         self._deepseek = decision.plan.request.quant.name == "fp8_block"
         self._experts = experts
+        self._rules = decision.plan.unfinalized
+        kernel = decision.kernel
+        self._unfinalized = kernel if isinstance(kernel, UnfinalizedKernel) else None
         self._handle = next(_handles)
         _calls[self._handle] = self
 
@@ -115,6 +122,33 @@ class KernelCall:
             return output
         return args.output.copy_(output)
 
+    def unfinalized(self, args: MoeArgs, copies: int) -> Unfinalized:
+        """What the kernel gives before the sum; the `copies` rows of one token are its slots."""
+        if args.output is not None:
+            raise ValueError(
+                "output is where the sum goes, and unfinalized rows are not added up; leave it out"
+            )
+        if torch.compiler.is_compiling():
+            return self._traced_unfinalized(args, copies)
+        if isinstance(self._rules, Refused):
+            raise UnsupportedRouting(self._rules.reason)
+        assert self._unfinalized is not None, "the plan has its rules"
+        made = self._unfinalized.unfinalized(args)
+        given = made.gemm2_output.dtype, made.expert_weights.dtype
+        if given != (self._rules.rows_dtype, self._rules.weights_dtype):
+            # flashinfer#3595: a wrong label is the one thing that nobody downstream can notice.
+            raise UnsupportedRouting(
+                f"{self._kernel.name} gave {given[0]} rows with {given[1]} weights, and says that it "
+                f"gives {self._rules}; report it, and call the layer itself"
+            )
+        if copies == 1:
+            return made
+        return replace(
+            made,
+            expert_weights=made.expert_weights.view(-1, copies),
+            expanded_idx_to_permuted_idx=made.expanded_idx_to_permuted_idx.view(-1, copies),
+        )
+
     def _summed(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         output = self._kernel(args)
         if copies > 1:
@@ -122,21 +156,25 @@ class KernelCall:
         return in_dtype(output, dtype)
 
     def _traced(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
-        routing = args.routing
-        if args.output is not None or (
-            isinstance(routing, FromLogits) and routing.routing_replay_out is not None
-        ):
-            raise ValueError(
-                "output and routing_replay_out are not written to under torch.compile; leave them "
-                "out there"
-            )
-        if isinstance(routing, FromLogits):
-            first, second = routing.routing_logits, routing.routing_bias
-        else:
-            first, second = routing.topk_ids, routing.topk_weights
-        tensors = [getattr(args, name) for name in _TENSORS[args.family]]
         return _OPERATORS[args.family](
-            first, second, tensors, self._handle, self._hidden_size, copies, dtype
+            *_operands(args), self._handle, self._hidden_size, copies, dtype
+        )
+
+    def _traced_unfinalized(self, args: MoeArgs, copies: int) -> Unfinalized:
+        rules, experts = self._rules, self._experts
+        if isinstance(rules, Refused):
+            raise UnsupportedRouting(rules.reason)
+        rows, weights, index = _UNFINALIZED[args.family](
+            *_operands(args),
+            self._handle,
+            self._hidden_size,
+            copies,
+            experts.top_k + experts.num_fused_shared_experts,
+            rules.rows_dtype,
+            rules.weights_dtype,
+        )
+        return Unfinalized(
+            gemm2_output=rows, expert_weights=weights, expanded_idx_to_permuted_idx=index
         )
 
     def record(
@@ -162,6 +200,22 @@ class KernelCall:
             norm_topk_prob=told.norm_topk_prob,
             use_routing_scales_on_input=told.use_routing_scales_on_input,
         )
+
+
+def _operands(args: MoeArgs) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """A record's tensors, in the order that the operators take them."""
+    routing = args.routing
+    if args.output is not None or (
+        isinstance(routing, FromLogits) and routing.routing_replay_out is not None
+    ):
+        raise ValueError(
+            "output and routing_replay_out are not written to under torch.compile; leave them "
+            "out there"
+        )
+    tensors: list[Tensor | None] = [getattr(args, name) for name in _TENSORS[args.family]]
+    if isinstance(routing, FromLogits):
+        return routing.routing_logits, routing.routing_bias, tensors
+    return routing.topk_ids, routing.topk_weights, tensors
 
 
 def _make(
@@ -236,14 +290,84 @@ def _operator(family: Family) -> _Operator:
         del second, tensors, handle
         return first.new_empty((first.shape[0] // copies, hidden_size), dtype=dtype)
 
-    schema = torch.library.infer_schema(launch, mutates_args=())
-    name = f"typed_moe::{family}_moe"
-    torch.library.define(name, schema)
-    torch.library.impl(name, "CompositeExplicitAutograd", launch)
-    torch.library.register_fake(name, shape)
-    return cast("_Operator", getattr(torch.ops.typed_moe, f"{family}_moe").default)
+    return cast("_Operator", _define(f"{family}_moe", launch, shape))
+
+
+class _UnfinalizedOperator(Protocol):
+    def __call__(
+        self,
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        slots: int,
+        rows_dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def _unfinalized_operator(family: Family) -> _UnfinalizedOperator:
+    """`typed_moe::<family>_moe_unfinalized`; how many rows it gives is known when it has run."""
+
+    def launch(
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        slots: int,
+        rows_dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del hidden_size, slots, rows_dtype, weights_dtype
+        call = _calls[handle]
+        made = call.unfinalized(call.record(family, first, second, tensors), copies)
+        # A copy: precomputed weights come back as they were given, and an operator may not do that.
+        weights = made.expert_weights.clone()
+        return made.gemm2_output, weights, made.expanded_idx_to_permuted_idx
+
+    def shape(
+        first: Tensor,
+        second: Tensor | None,
+        tensors: Sequence[Tensor | None],
+        handle: int,
+        hidden_size: int,
+        copies: int,
+        slots: int,
+        rows_dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del second, tensors, handle
+        # The padding follows the tile, which the autotuner chooses at the call.
+        rows, tokens = torch.library.get_ctx().new_dynamic_size(), first.shape[0] // copies
+        return (
+            first.new_empty((rows, hidden_size), dtype=rows_dtype),
+            first.new_empty((tokens, slots), dtype=weights_dtype),
+            first.new_empty((tokens, slots), dtype=torch.int32),
+        )
+
+    return cast("_UnfinalizedOperator", _define(f"{family}_moe_unfinalized", launch, shape))
+
+
+def _define(
+    name: str,
+    launch: _Operator | _UnfinalizedOperator,
+    shape: _Operator | _UnfinalizedOperator,
+) -> object:
+    """`typed_moe::<name>`, with its shape for tracing."""
+    qualified = f"typed_moe::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(launch, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", launch)
+    torch.library.register_fake(qualified, shape)
+    return getattr(torch.ops.typed_moe, name).default
 
 
 _OPERATORS: Mapping[Family, _Operator] = MappingProxyType(
     {family: _operator(family) for family in get_args(Family)}
+)
+_UNFINALIZED: Mapping[Family, _UnfinalizedOperator] = MappingProxyType(
+    {family: _unfinalized_operator(family) for family in get_args(Family)}
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
 from typed_moe.runners._base import (
-    NO_BUFFERS,
     CallBuffers,
     expert_args,
     present,
@@ -18,12 +18,13 @@ from typed_moe.runners._base import (
     with_raw_limit,
 )
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
 
 
 @final
-class Fp4Runner:
+class Fp4Runner(KernelRunner):
     """E2M1 weights: NVFP4 on both operands, or MXFP4 with bfloat16 or MXFP8 activations."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -38,20 +39,20 @@ class Fp4Runner:
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
         self._input_scale = weights.w13_input_scale
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[Fp4MoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
         x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
         scales = self._scales
-        args = Fp4MoeArgs(
+        record = Fp4MoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -65,7 +66,7 @@ class Fp4Runner:
             output1_scale_gate_scalar=None if scales is None else scales.gate,
             output2_scale_scalar=None if scales is None else scales.second,
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies
 
 
 def _scales(decision: Decision, weights: ExpertWeights) -> OutputScales | None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.config import Fp8BlockScale
 from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
+from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._planning import Decision
 
 
 @final
-class Fp8BlockRunner:
+class Fp8BlockRunner(KernelRunner):
     """FP8 with 128x128 block scales (`Fp8BlockScale`) or E8M0 scales per 32 values (`MxFp8`)."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -28,20 +30,20 @@ class Fp8BlockRunner:
         self._w13_scale = present(weights.w13_scale, "w13 scales")
         self._w2_scale = present(weights.w2_scale, "w2 scales")
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[Fp8BlockMoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
         x = quantize_activation(inputs.hidden_states, self._quant)
         x_scale = present(x.scale, "activation scales")
-        args = Fp8BlockMoeArgs(
+        record = Fp8BlockMoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -53,4 +55,4 @@ class Fp8BlockRunner:
             gemm2_weights_scale=self._w2_scale,
             fp8_quantization_type="DeepSeekFp8" if self._deepseek else "MxFp8",
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies

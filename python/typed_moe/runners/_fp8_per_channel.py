@@ -6,16 +6,18 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.kernels import ExpertWeights, Fp8PerChannelMoeArgs
 from typed_moe.quantization import quantize_activation
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
+from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._planning import Decision
 
 
 @final
-class Fp8PerChannelRunner:
+class Fp8PerChannelRunner(KernelRunner):
     """FP8 with a scale per output row, and dynamic scales per token."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -29,19 +31,19 @@ class Fp8PerChannelRunner:
         # The scales of rows and tokens say everything.
         self._one = torch.ones(self._w13.shape[0], dtype=torch.float32, device=self._w13.device)
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[Fp8PerChannelMoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
         x = quantize_activation(inputs.hidden_states, self._quant)
-        args = Fp8PerChannelMoeArgs(
+        record = Fp8PerChannelMoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -55,4 +57,4 @@ class Fp8PerChannelRunner:
             gemm2_per_channel_weight_scale=self._w2_scale,
             output2_scale_scalar=self._one,
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies

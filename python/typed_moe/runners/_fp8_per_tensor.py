@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
 from typed_moe.runners._base import (
-    NO_BUFFERS,
     CallBuffers,
     expert_args,
     present,
@@ -18,12 +18,13 @@ from typed_moe.runners._base import (
     with_raw_limit,
 )
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
 
 
 @final
-class Fp8PerTensorRunner:
+class Fp8PerTensorRunner(KernelRunner):
     """FP8 with one static scale per tensor."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -41,19 +42,19 @@ class Fp8PerTensorRunner:
         self._experts = with_raw_limit(expert_args(decision, weights), self._scales.gate)
         self._call = KernelCall(decision, self._experts)
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[Fp8PerTensorMoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
         x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
-        args = Fp8PerTensorMoeArgs(
+        record = Fp8PerTensorMoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -64,4 +65,4 @@ class Fp8PerTensorRunner:
             gemm2_weights=self._w2,
             output2_scales_scalar=self._scales.second,
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies

@@ -6,15 +6,17 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.kernels import ExpertWeights, MxInt4MoeArgs
-from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
+from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
+from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._planning import Decision
 
 
 @final
-class MxInt4Runner:
+class MxInt4Runner(KernelRunner):
     """int4 weights with one bfloat16 scale per 32 values (`MxInt4`)."""
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
@@ -25,18 +27,18 @@ class MxInt4Runner:
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
 
-    def __call__(
+    @override
+    def _record(
         self,
         hidden_states: Tensor,
         router_logits: Tensor,
         e_score_correction_bias: Tensor | None,
-        buffers: CallBuffers = NO_BUFFERS,
-    ) -> Tensor:
-        """See `MoeRunner`."""
+        buffers: CallBuffers,
+    ) -> tuple[MxInt4MoeArgs, int]:
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
-        args = MxInt4MoeArgs(
+        record = MxInt4MoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
@@ -46,4 +48,4 @@ class MxInt4Runner:
             gemm2_weights=self._w2,
             gemm2_weights_scale=self._w2_scale,
         )
-        return self._call(args, inputs.copies, hidden_states.dtype)
+        return record, inputs.copies

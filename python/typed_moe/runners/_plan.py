@@ -7,7 +7,7 @@ from typing import Literal, final
 import attrs
 from typing_extensions import override
 
-from typed_moe.kernels import KernelRequest
+from typed_moe.kernels import KernelRequest, UnfinalizedRules
 from typed_moe.routing import (
     BiasRule,
     InKernel,
@@ -53,6 +53,7 @@ class Plan:
         weight_on_input: the routing weight multiplies the expert's input.
         candidates: every kernel and form considered, in order of preference.
         degraded: what is worse than it could be, one sentence each; `strict=True` refuses any.
+        unfinalized: the dtypes of `FusedMoE.forward_unfinalized`, or why it is refused.
         exchange: what adds the ranks' partial sums, by name; None leaves it to the caller.
     """
 
@@ -66,8 +67,14 @@ class Plan:
     weight_on_input: bool
     candidates: tuple[Candidate, ...]
     degraded: tuple[str, ...]
+    unfinalized: UnfinalizedRules | Refused
     exchange: str | None = None
     fused_routing: Literal[True] | Refused | None = None
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """Where the kernel's routing is not the strategy's, one sentence each."""
+        return () if self.in_kernel is None else self.in_kernel.differences
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The plan as (what, decision) pairs, in reading order."""
@@ -91,12 +98,14 @@ class Plan:
             ("groups", _groups_text(self)),
             ("scale", _scale_text(self.scale)),
             ("weight goes on", "the expert's input" if self.weight_on_input else "its output"),
+            ("unfinalized", _unfinalized_text(self.unfinalized)),
         )
 
     @override
     def __str__(self) -> str:
         width = max(len(what) for what, _ in self.rows())
         lines = [f"{what:<{width}}  {decision}" for what, decision in self.rows()]
+        lines += [f"{'kernel differs':<{width}}  {text}" for text in self.differences]
         lines += [f"{'degraded':<{width}}  {text}" for text in self.degraded]
         lines += ["kernels considered:", *(f"  {candidate}" for candidate in self.candidates)]
         return "\n".join(lines)
@@ -160,3 +169,7 @@ def _scale_text(scale: Scale) -> str:
     if scale.owner is ScaleOwner.HOST:
         return "none here; a factor of the model is the model's to apply"
     return f"{scale.factor} by the {scale.owner.value}"
+
+
+def _unfinalized_text(rules: UnfinalizedRules | Refused) -> str:
+    return f"refused: {rules.reason}" if isinstance(rules, Refused) else str(rules)

@@ -16,6 +16,9 @@ from typed_moe.kernels import (
     MoeKernel,
     Precomputed,
     ReferenceKernel,
+    Routing,
+    UnfinalizedKernel,
+    UnfinalizedRules,
     entry_point,
     fused_routing,
     installed_flashinfer,
@@ -85,12 +88,20 @@ def decide(
         plan = _plan(request, strategy, taken, tuple(considered), routing)
         if strict and plan.degraded:
             raise UnsupportedRouting("strict=True refuses: " + "; ".join(plan.degraded))
+        if exchange is not None:
+            plan = attrs.evolve(plan, exchange=exchange, unfinalized=_ADDS_UP)
         return Decision(
-            plan=attrs.evolve(plan, exchange=exchange),
+            plan=plan,
             kernel=taken.kernel,
             routing=routing if isinstance(routing, FusedRouting) else None,
         )
     raise _nothing_serves(considered)
+
+
+_ADDS_UP = Refused(
+    "the layer's exchange adds the ranks' sums up, so there has to be one of each; make the layer "
+    "without exchange and add up yourself"
+)
 
 
 @final
@@ -214,13 +225,12 @@ def _plan(
 ) -> Plan:
     assert taken.kernel is not None, "a kernel was taken"
     args = taken.in_kernel if isinstance(taken.in_kernel, InKernel) else None
+    mode = Precomputed if args is None else FromLogits
     return Plan(
         strategy=strategy,
         request=request,
         kernel=taken.kernel.name,
-        entry_point=entry_point(
-            family_of(request.quant) or "bf16", Precomputed if args is None else FromLogits
-        ),
+        entry_point=entry_point(family_of(request.quant) or "bf16", mode),
         form=taken.form,
         in_kernel=args,
         scale=strategy.scale(taken.form),
@@ -231,8 +241,17 @@ def _plan(
             weight_on_input=strategy.apply_router_weight_on_input,
             fused=isinstance(routing, FusedRouting),
         ),
+        unfinalized=_unfinalized(taken.kernel, request, mode),
         fused_routing=True if isinstance(routing, FusedRouting) else routing,
     )
+
+
+def _unfinalized(
+    kernel: MoeKernel, request: KernelRequest, mode: type[Routing]
+) -> UnfinalizedRules | Refused:
+    if isinstance(kernel, UnfinalizedKernel):
+        return kernel.unfinalized_rules(request, mode)
+    return Refused(f"{kernel.name} has no unfinalized(), as UnfinalizedKernel asks")
 
 
 def _degraded(taken: _Taken, *, weight_on_input: bool, fused: bool) -> tuple[str, ...]:

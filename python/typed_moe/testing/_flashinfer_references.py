@@ -40,6 +40,7 @@ from typed_moe.config import (
     Swiglu,
     SwigluStep,
 )
+from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer import InstalledFlashInfer
 from typed_moe.kernels._flashinfer_library import EnumName
 from typed_moe.routing import Refused, RoutingForm
@@ -125,6 +126,15 @@ class ReferenceLibrary:
         self.calls.append((entry_point, dict(arguments)))
         template = _template(entry_point, arguments)
         return template.reference(**_readable(entry_point, dict(arguments)))
+
+    def call_unfinalized(
+        self, entry_point: str, arguments: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """No reference reads `do_finalize`; all of them add up."""
+        raise UnsupportedRouting(
+            f"FlashInfer's reference of {entry_point} adds up whatever do_finalize says; call the "
+            "layer itself"
+        )
 
 
 def _template(entry_point: str, arguments: Mapping[str, object]) -> _Template:
