@@ -176,6 +176,29 @@ def test_slots(case: Case, tokens: int) -> None:
         assert torch.equal(again.slots, slots.slots)
 
 
+@pytest.mark.parametrize("case_id", ["Renormalize", "DeepSeekV3-8of4", "GroupedSoftmax-max"])
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 70), (4, 70), (16, 700)])
+def test_slots_with_any_tile(case_id: str, overlap: int, rows: int, tokens: int) -> None:
+    """Whatever the tile, and with the second launch starting during the first."""
+    from typed_moe.kernels import _triton_launch as launch
+
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches overlap from compute capability 9.0 on")
+    case = find(case_id)
+    fused = _fused(case)
+    request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
+    tile = launch.Tile(rows=rows, warps=rows, whole=0, overlap=overlap)
+    for _ in range(20):
+        logits, bias = torch.randn(tokens, case.num_experts, device="cuda"), _cuda(case.bias())
+        ids, weights, slots = launch.route(fused.settings, logits, bias, request, tile)
+        expected = fused(logits, bias)
+        assert torch.equal(ids, expected.topk_ids)
+        assert torch.equal(weights, expected.topk_weights)
+        assert slots is not None
+        expect_sorted(slots, ids.cpu(), request)
+
+
 @every
 @pytest.mark.parametrize("tokens", [8, 200])
 def test_acceptance_43_replay_equals_eager(case: Case, tokens: int) -> None:

@@ -94,6 +94,7 @@ def route(
     bias = None if bias is None else bias.contiguous()
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
     tile = tile_of(settings, tokens) if tile is None else tile
+    tile = attrs.evolve(tile, overlap=0) if INTERPRETED else tile
     if sort is None:
         _route(call, tile, "none", None, None)
         return ids, weights, None
