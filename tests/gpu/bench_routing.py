@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, cast, final
 
 import attrs
 import torch
@@ -161,28 +162,46 @@ def made(model: Model) -> FusedRouting:
     return fused
 
 
-def flashinfer_call(
-    kernel: kernels.Kernel, model: Model, logits: Tensor, bias: Tensor | None
-) -> Callable[[], object] | str:
-    """FlashInfer's routing of the same rows, or its refusal."""
-    told = model.strategy.in_kernel(model.shape, REFERENCE_RULES)
-    if isinstance(told, Refused):
-        return "no such method"
-    if bias is not None:
-        bias = bias.bfloat16() if (told.n_group or 1) > 1 else bias
-
-    def call() -> object:
-        return kernel(told, logits, bias, model.top_k)
-
-    try:
-        call()
-        torch.cuda.synchronize()
-    except RuntimeError as refused:
-        return str(refused).strip().splitlines()[-1]
-    return call
+class _Built(Protocol):
+    def trtllm_gen_routing(self, *arguments: object) -> object: ...
 
 
-def row(model: Model, tokens: int, kernel: kernels.Kernel | None, clock: Clock) -> Row:
+@final
+class FlashInfer:
+    """FlashInfer's routing kernels, called through its Python and then, to be timed, without it.
+
+    Its Python makes the expert ids from the permutation in several launches of PyTorch's own, which
+    a fused layer does not need. So it is called once; the library's own call, with the tensors that
+    it was given, is what is timed: the choice of experts, the weights and the permutation.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._built = cast("_Built", importlib.import_module("tvm_ffi").load_module(str(library)))
+        self._arguments: tuple[object, ...] = ()
+        self.kernel = kernels.over(self)
+
+    def trtllm_gen_routing(self, *arguments: object) -> object:
+        """What FlashInfer's Python calls."""
+        self._arguments = arguments
+        return self._built.trtllm_gen_routing(*arguments)
+
+    def call(self, model: Model, logits: Tensor, bias: Tensor | None) -> Callable[[], object] | str:
+        """The library's call for these rows, or its refusal."""
+        told = model.strategy.in_kernel(model.shape, REFERENCE_RULES)
+        if isinstance(told, Refused):
+            return "no such method"
+        if bias is not None and (told.n_group or 1) > 1:
+            bias = bias.bfloat16()
+        try:
+            self.kernel(told, logits, bias, model.top_k)
+            torch.cuda.synchronize()
+        except RuntimeError as refused:
+            return str(refused).strip().splitlines()[-1]
+        arguments = self._arguments
+        return lambda: self._built.trtllm_gen_routing(*arguments)
+
+
+def row(model: Model, tokens: int, peer: FlashInfer | None, clock: Clock) -> Row:
     """Every side's time for one shape and T."""
     logits, bias = inputs(model, tokens)
     half = logits.bfloat16()
@@ -215,9 +234,9 @@ def row(model: Model, tokens: int, kernel: kernels.Kernel | None, clock: Clock) 
         "select_experts": clock(select_experts),
         "rows_changed_by_bf16": _changed(fused(half, bias).topk_ids, ids),
     }
-    if kernel is not None:
-        call = flashinfer_call(kernel, model, logits, bias)
-        timed["flashinfer"] = call if isinstance(call, str) else clock(call)
+    if peer is not None:
+        call = peer.call(model, logits, bias)
+        timed["flashinfer_kernels"] = call if isinstance(call, str) else clock(call)
     return timed
 
 
@@ -257,15 +276,15 @@ def sweep(model: Model, clock: Clock) -> Iterator[Row]:
     """One model: rows per program, one launch or two, overlapping or not."""
     tiles = Tiles(fused=made(model), clock=clock)
     request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
-    for tokens in (2, 4, 8, 16):
-        given = inputs(model, tokens)
-        one = tiles.time(given, request, rows=tokens, warps=tokens, whole=tokens)
-        yield {"model": model.name, "tokens": tokens, "one launch": one}
+    for tokens, warps in itertools.product((2, 4, 8, 16), (2, 4, 8)):
+        tile = {"rows": tokens, "warps": tokens, "whole": tokens, "whole_warps": warps}
+        us = tiles.time(inputs(model, tokens), request, **tile)
+        yield {"model": model.name, "tokens": tokens, "whole_warps": warps, "one launch": us}
     for tokens, rows, warps in (
-        *itertools.product((8, 64), (1, 4), (16,)),
-        *itertools.product((512,), (4, 8, 16), (8, 16)),
-        *itertools.product((4096,), (8, 16), (8, 16)),
-        *itertools.product((16384,), (16,), (8, 16)),
+        *itertools.product((8, 64), (1, 4), (2, 4, 8)),
+        *itertools.product((512,), (4, 8, 16), (2, 4, 8)),
+        *itertools.product((4096,), (8, 16), (4, 8)),
+        *itertools.product((16384,), (16,), (4, 8)),
     ):
         given = inputs(model, tokens)
         base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0}
@@ -279,7 +298,7 @@ def sweep(model: Model, clock: Clock) -> Iterator[Row]:
 def rows_of(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
     """The table or the sweep, of the models asked for."""
     library = options.flashinfer_library
-    kernel = None if library is None or clock is once else kernels.load(library)
+    peer = None if library is None or clock is once else FlashInfer(library)
     for model in MODELS:
         if options.models is not None and model.name not in options.models:
             continue
@@ -287,7 +306,7 @@ def rows_of(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
             yield from sweep(model, clock) if model.name in SWEPT else ()
         else:
             for tokens in TOKENS:
-                yield row(model, tokens, kernel, clock)
+                yield row(model, tokens, peer, clock)
 
 
 def compile_all(options: argparse.Namespace) -> None:

@@ -21,8 +21,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton runs its kernels in NumPy on the CPU, for tests (TRITON_INTERPRET=1)."""
 
 _LANES = 32
-_COUNTS_AT_ONCE = 1024 if INTERPRETED else 16384
-"""Bytes of chunk counts that a program of the second launch loads before it adds them up."""
+_COUNTS_PER_WARP = 1024
+"""Bytes of chunk counts that a warp of the second launch loads before it adds them up: 32 a lane."""
 _WHOLE_SLOTS = 128
 """Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
 
@@ -37,6 +37,7 @@ class Tile:
         width: lanes that share a row (W of the kernel).
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
+        whole_warps: of that program, at most.
         overlap: 1 for programmatic dependent launch: the second launch starts while the first one runs,
             and waits before it reads. Compute capability 9.0 and above.
         place_warps: of a program of the second launch.
@@ -47,6 +48,7 @@ class Tile:
     width: int = _LANES
     warps: int
     whole: int = 8
+    whole_warps: int = 16
     overlap: int = 0
     place_warps: int = 16
     place_programs: int = 128
@@ -65,7 +67,10 @@ class Call:
 
 
 def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
-    """Rows and warps for a call: few rows per program until every multiprocessor has one."""
+    """Rows and warps for a call: few rows per program until every multiprocessor has one.
+
+    Measured on an H100: docs/routing/fused.md.
+    """
     if INTERPRETED:
         # A program costs there what its operations are in number, and nothing for their width.
         return Tile(rows=8, warps=8)
@@ -101,7 +106,7 @@ def route(
     slots = _empty_slots(sort, tokens * top_k, logits.device)
     rows = power_of_two(tokens)
     if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
-        warps = min(16, max(1, tile.warps * rows // tile.rows))
+        warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
     chunks = triton.cdiv(tokens, tile.rows)
@@ -218,7 +223,7 @@ def _place(
         CHUNKS=per_program,
         OTHERS=min(32, power_of_two(chunk)),
         L_PAD=local_pad,
-        TILE=max(1, min(power_of_two(chunks), _COUNTS_AT_ONCE // local_pad)),
+        TILE=max(1, min(power_of_two(chunks), _COUNTS_PER_WARP * tile.place_warps // local_pad)),
         BLOCK=slots.block_size,
         PDL=tile.overlap != 0,
         num_warps=tile.place_warps,
