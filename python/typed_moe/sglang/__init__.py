@@ -1,0 +1,20 @@
+"""SGLang: its words are translated here, and nowhere else.
+
+Importing this package imports nothing of SGLang's.
+"""
+
+from typed_moe.sglang._methods import Agreement, Comparison, compare_method
+from typed_moe.sglang._topk import TopKConfigLike, TopKSettings, read_topk_config
+from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
+
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "RoutedOutside",
+    "TopKConfigLike",
+    "TopKSettings",
+    "Translation",
+    "compare_method",
+    "read_topk_config",
+    "strategy_of",
+]

@@ -1,0 +1,41 @@
+"""SGLang in this process, once; skipped where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+INSTALLED = importlib.util.find_spec("sglang") is not None
+
+if INSTALLED:
+    # SGLang reads these when it is imported. Its CPU engine is a build of its own, which is not on
+    # PyPI; compiling the grouped top-k takes half a minute and a C compiler.
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "0")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    from tests.sglang import stand_ins
+
+    stand_ins.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs SGLang where it is not installed."""
+    if INSTALLED:
+        return
+    skip = pytest.mark.skip(reason="sglang is not installed here; `make test-sglang` has it")
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and item.get_closest_marker("sglang"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def sglang_host() -> None:
+    """Server arguments and process groups, as SGLang's start-up makes them."""
+    from tests.sglang import host
+
+    host.publish()
