@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from typed_moe.sglang import Plugin, active_plugin
+from typed_moe.sglang._observe import Observer
+from typed_moe.sglang._plugin import installed_flashinfer
 
 INSTALLED = importlib.util.find_spec("sglang") is not None
 
@@ -38,4 +43,22 @@ def sglang_host() -> None:
     """Server arguments and process groups, as SGLang's start-up makes them."""
     from tests.sglang import host
 
+    host.publish()
+
+
+@pytest.fixture
+def trtllm(sglang_host: None) -> Iterator[Plugin]:
+    """Backend flashinfer_trtllm and the plugin, loaded as SGLang does it; nothing is seen yet."""
+    import sglang.srt.layers.moe.moe_runner.flashinfer_trtllm  # noqa: F401 - registers its functions
+    from sglang.srt.plugins import load_plugins
+
+    from tests.sglang import capture, host
+
+    load_plugins()
+    plugin = active_plugin()
+    assert plugin is not None, "the entry point is not found: is the package installed here?"
+    plugin.observer = Observer(lambda: "TinyForCausalLM", installed_flashinfer)
+    host.publish("flashinfer_trtllm")
+    with capture.kernels_on_cpu():
+        yield plugin
     host.publish()

@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
+from typed_moe.routing import Routed
 from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, in_dtype, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
@@ -25,7 +26,7 @@ class Bf16Runner:
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
 from typed_moe.quantization import quantize_activation
+from typed_moe.routing import Routed
 from typed_moe.runners._base import (
     NO_BUFFERS,
     CallBuffers,
@@ -41,7 +42,7 @@ class Fp4Runner:
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typed_moe.config import Fp8BlockScale
 from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs
 from typed_moe.quantization import quantize_activation
+from typed_moe.routing import Routed
 from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
@@ -31,7 +32,7 @@ class Fp8BlockRunner:
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.kernels import ExpertWeights, MxInt4MoeArgs
+from typed_moe.routing import Routed
 from typed_moe.runners._base import NO_BUFFERS, CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._planning import Decision
@@ -28,7 +29,7 @@ class MxInt4Runner:
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
