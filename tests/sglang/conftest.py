@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.calls import Cli, Done
+from typed_moe.cli import main
 from typed_moe.sglang import Plugin, active_plugin
 from typed_moe.sglang._observe import Observer
 from typed_moe.sglang._plugin import installed_flashinfer
@@ -36,6 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents and item.get_closest_marker("sglang"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run a command in this process."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*argv: str) -> Done:
+        status = main(argv)
+        out, err = capsys.readouterr()
+        return Done(status=status, out=out, err=err)
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,16 @@
 Importing this package imports nothing of SGLang's.
 """
 
+from typed_moe.sglang._doctor import (
+    FORMATS,
+    BlockReport,
+    Route,
+    Verdict,
+    examine,
+    kernel_path,
+    models_folder,
+    shape_of,
+)
 from typed_moe.sglang._methods import Agreement, Comparison, compare_method
 from typed_moe.sglang._mode import Mode
 from typed_moe.sglang._plugin import Plugin, active_plugin, plugin
@@ -10,17 +20,25 @@ from typed_moe.sglang._topk import TopKConfigLike, TopKSettings, read_topk_confi
 from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
 
 __all__ = [
+    "FORMATS",
     "Agreement",
+    "BlockReport",
     "Comparison",
     "Mode",
     "Plugin",
+    "Route",
     "RoutedOutside",
     "TopKConfigLike",
     "TopKSettings",
     "Translation",
+    "Verdict",
     "active_plugin",
     "compare_method",
+    "examine",
+    "kernel_path",
+    "models_folder",
     "plugin",
     "read_topk_config",
+    "shape_of",
     "strategy_of",
 ]
