@@ -47,6 +47,8 @@ class SglangBlock:
         from sglang.srt.layers.moe.utils import RoutingMethodType
 
         self.block = block
+        payloads = {"nvfp4": _nvfp4_info, "mxfp4": _mxfp4_info}
+        self._info = payloads[block.quant](block) if block.quant in payloads else None
         self.bias = torch.randn(block.num_experts) * 0.3 if block.biased else None
         self.experts = FusedMoE(
             num_experts=block.num_experts,
@@ -98,10 +100,8 @@ class SglangBlock:
         )
 
     def __call__(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
-        if self.block.quant == "nvfp4":
-            return self._call(hidden_states, router_logits, _nvfp4_info(self.block))
-        if self.block.quant == "mxfp4":
-            return self._call(hidden_states, router_logits, _mxfp4_info(self.block))
+        if self._info is not None:
+            return self._call(hidden_states, router_logits, self._info)
         output: Tensor = self.experts(hidden_states, self.topk(hidden_states, router_logits))
         return output
 

@@ -113,6 +113,8 @@ def _reason(name: str, theirs: object, ours: object, *, routed: bool) -> str | N
     match name:
         case "tune_max_num_tokens":
             return "fixed for a layer: a value that follows each call's T profiles again and again"
+        case "output" if theirs is None:
+            return "the kernel writes to memory that SGLang's all-reduce can take, without a copy"
         case "enable_pdl" if ours is None:
             return "left to FlashInfer, which knows the device"
         case "hidden_states_scale_layout" if theirs is None:

@@ -15,7 +15,7 @@ from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.sglang._differences import Call, Difference, differences
 from typed_moe.sglang._layers import SglangExperts
 from typed_moe.sglang._methods import Agreement, compare_method
-from typed_moe.sglang._ours import OurExperts, is_bypassed, our_experts, translated
+from typed_moe.sglang._ours import GivenIds, OurExperts, is_bypassed, our_experts, translated
 from typed_moe.sglang._protocols import DispatchLike, LayerLike, RunnerConfigLike, TopKLike
 from typed_moe.sglang._topk import TopKSettings, read_topk_config
 from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
@@ -87,7 +87,7 @@ class Observer:
 
     def observe(
         self,
-        read: Callable[[int], SglangExperts],
+        read: Callable[[DispatchLike, int], SglangExperts],
         config: RunnerConfigLike,
         dispatch: DispatchLike,
         call: Callable[[], object],
@@ -107,7 +107,7 @@ class Observer:
 
     def _compare(
         self,
-        read: Callable[[int], SglangExperts],
+        read: Callable[[DispatchLike, int], SglangExperts],
         config: RunnerConfigLike,
         dispatch: DispatchLike,
         calls: list[Call],
@@ -118,8 +118,9 @@ class Observer:
         settings = _settings(dispatch)
         strategy: Translation | None = None
         try:
+            dispatch = _as_routed(dispatch, calls)
             strategy = translated(dispatch, method)
-            ours = our_experts(read(_top_k(dispatch)), strategy, uncalled)
+            ours = our_experts(read(dispatch, _top_k(dispatch)), strategy, uncalled)
         except UnsupportedRouting as refused:
             self._report("no plan", str(refused), f"no plan of ours: {refused}", logging.WARNING)
             return
@@ -176,6 +177,18 @@ def _name(config: RunnerConfigLike) -> str | None:
 def _settings(dispatch: DispatchLike) -> TopKSettings | None:
     topk = dispatch.topk_output
     return read_topk_config(topk.topk_config) if is_bypassed(topk) else None
+
+
+def _as_routed(dispatch: DispatchLike, calls: list[Call]) -> DispatchLike:
+    """With the ids that SGLang gave its kernel, where it was left to it whether to route before.
+
+    SGLang's FP8 path routes by itself if tokens are masked or ids remapped. Asking its TopK again
+    would count the experts a second time.
+    """
+    given = calls[0].arguments.get("topk_ids") if calls else None
+    if not is_bypassed(dispatch.topk_output) or not isinstance(given, tuple):
+        return dispatch
+    return dispatch._replace(topk_output=GivenIds(topk_ids=given[0], topk_weights=given[1]))
 
 
 def _top_k(dispatch: DispatchLike) -> int:

@@ -68,6 +68,15 @@ class OurExperts:
         return self.runner(dispatch.hidden_states, routed, None, buffers)
 
 
+@final
+@attrs.define(kw_only=True, eq=False)
+class GivenIds:
+    """Ids and weights that SGLang gave a kernel."""
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+
 def is_bypassed(topk: BypassedLike | StandardLike) -> TypeIs[BypassedLike]:
     """Whether SGLang leaves the routing to the kernel."""
     return hasattr(topk, "topk_config")

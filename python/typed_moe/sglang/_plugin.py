@@ -20,10 +20,18 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
 from typed_moe.sglang._mode import VARIABLE, Mode, read_mode
 from typed_moe.sglang._observe import Observer
-from typed_moe.sglang._protocols import DispatchLike, Function, RunnerConfigLike, TopKLike
+from typed_moe.sglang._ours import is_bypassed
+from typed_moe.sglang._protocols import (
+    DispatchLike,
+    Function,
+    LayerLike,
+    RunnerConfigLike,
+    TopKLike,
+)
 from typed_moe.sglang._topk import read_topk_config
 from typed_moe.sglang._translate import strategy_of
 
@@ -36,13 +44,14 @@ _MOE = "sglang.srt.layers.moe"
 _LAYER = f"{_MOE}.fused_moe_triton.layer.FusedMoE.__init__"
 _BIND = f"{_MOE}.topk.TopK.bind_runner_backend"
 _TRTLLM = f"{_MOE}.moe_runner.flashinfer_trtllm"
+_FP8 = f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_fp8"
 
 Kind = Literal["AROUND", "AFTER"]
 _Read = Callable[[object, RunnerConfigLike, DispatchLike, int], SglangExperts]
 
 KERNEL_FUNCTIONS: Mapping[str, _Read] = MappingProxyType(
     {
-        f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_fp8": cast("_Read", read_fp8),
+        _FP8: cast("_Read", read_fp8),
         f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_fp4": cast("_Read", read_fp4),
         f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_bf16": cast("_Read", read_bf16),
         f"{_TRTLLM}._fused_experts_flashinfer_mxfp4_sm100_trtllm_gen": cast("_Read", read_mxfp4),
@@ -87,10 +96,11 @@ class Plugin:
     Args:
         mode: what to do.
         observer: what it reports to.
+        enforcer: what makes the calls that are enforced.
     """
 
-    def __init__(self, mode: Mode, observer: Observer) -> None:
-        self.mode, self.observer = mode, observer
+    def __init__(self, mode: Mode, observer: Observer, enforcer: Enforcer) -> None:
+        self.mode, self.observer, self.enforcer = mode, observer, enforcer
         self._checked = False
         kernels = [
             Hook(target=target, kind="AROUND", function=self._around_kernel(read))
@@ -125,11 +135,14 @@ class Plugin:
         self._checked = True
 
     def _around_layer(
-        self, original: Function, layer: object, *args: object, **kwargs: object
+        self, original: Function, layer: LayerLike, *args: object, **kwargs: object
     ) -> None:
         if not self._checked:
             self.check_hooks()
         original(layer, *args, **kwargs)
+        if self.mode is Mode.ENFORCE:
+            # Our runners give finished sums; the model asks before it takes unfinished ones.
+            layer.supports_deferred_finalize = False
 
     def _after_bind(
         self,
@@ -152,14 +165,18 @@ class Plugin:
             *args: object,
             **kwargs: object,
         ) -> object:
+            def experts(dispatch: DispatchLike, top_k: int) -> SglangExperts:
+                return read(quant_info, runner_config, dispatch, top_k)
+
+            if self.mode is Mode.ENFORCE:
+                given = _materialised(dispatch_output, read)
+                return self.enforcer.call(experts, quant_info, runner_config, given)
+
             def call() -> object:
                 return original(dispatch_output, quant_info, runner_config, *args, **kwargs)
 
             if not self.observer.wants(runner_config, dispatch_output):
                 return call()
-
-            def experts(top_k: int) -> SglangExperts:
-                return read(quant_info, runner_config, dispatch_output, top_k)
 
             return self.observer.observe(experts, runner_config, dispatch_output, call)
 
@@ -180,8 +197,6 @@ def plugin() -> None:
     if mode is Mode.OFF:
         logger.info("typed-moe: %s=off; SGLang runs by itself", VARIABLE)
         return
-    if mode is Mode.ENFORCE:
-        raise SystemExit(f"typed-moe: {VARIABLE}=enforce is not there yet; allowed: observe, off")
     try:
         owner, name = _LAYER.rsplit(".", 1)
         getattr(pkgutil.resolve_name(owner), name)
@@ -190,15 +205,17 @@ def plugin() -> None:
             f"typed-moe: SGLang {_release()} has no {_LAYER} ({error}); it is tested with {TESTED}. "
             f"Set {VARIABLE}=off to serve without typed-moe"
         ) from error
-    _active.append(Plugin(mode, Observer(_served_model, installed_flashinfer)))
+    observer = Observer(_served_model, installed_flashinfer)
+    _active.append(Plugin(mode, observer, Enforcer(installed_flashinfer)))
     _active[-1].register()
     logger.info(
-        "typed-moe: %s=%s in SGLang %s: compares the calls to FlashInfer's trtllm fused MoE "
-        "kernels (flashinfer_trtllm, flashinfer_trtllm_routed, flashinfer_mxfp4) and the routing "
-        "method numbers of every TopK; changes nothing, and leaves other backends alone",
+        "typed-moe: %s=%s in SGLang %s: %s the calls to FlashInfer's trtllm fused MoE kernels "
+        "(flashinfer_trtllm, flashinfer_trtllm_routed, flashinfer_mxfp4), compares the routing "
+        "method number of every TopK, and leaves other backends alone",
         VARIABLE,
         mode.value,
         _release(),
+        "makes" if mode is Mode.ENFORCE else "compares, and does not change,",
     )
 
 
@@ -215,6 +232,20 @@ def _taken(hook: Hook) -> bool:
         return hook.taken()
     except (ImportError, AttributeError):
         return False
+
+
+def _materialised(dispatch: DispatchLike, read: _Read) -> DispatchLike:
+    """Routed by SGLang where it remaps expert ids, or its FP8 path masks padded tokens.
+
+    Nothing here could do either from logits, and SGLang's own functions would do the same.
+    """
+    topk = dispatch.topk_output
+    if not is_bypassed(topk):
+        return dispatch
+    masked = read is KERNEL_FUNCTIONS[_FP8] and topk.num_token_non_padded is not None
+    if masked or topk.expert_location_dispatch_info is not None:
+        return dispatch._replace(topk_output=topk.to_standard())
+    return dispatch
 
 
 def _method_name(topk: TopKLike, method: int | None) -> str | None:

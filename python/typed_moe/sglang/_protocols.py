@@ -30,6 +30,7 @@ class LayerLike(Protocol):
     moe_ep_rank: int
     moe_tp_size: int
     moe_tp_rank: int
+    supports_deferred_finalize: bool
     intermediate_size_per_partition: int
 
 
@@ -54,19 +55,31 @@ class BypassedLike(Protocol):
     """**Protocol:** `BypassedTopKOutput`: logits, and the settings to route them by."""
 
     topk_config: TopKConfigLike
+    num_token_non_padded: Tensor | None
+    expert_location_dispatch_info: object
 
     @property
     def router_logits(self) -> Tensor:
         """(T, E); raises where SGLang remaps expert ids."""
         ...
 
+    def to_standard(self) -> StandardLike:
+        """Routed by SGLang's TopK."""
+        ...
+
 
 class StandardLike(Protocol):
     """**Protocol:** `StandardTopKOutput`: routed."""
 
-    topk_weights: Tensor
-    topk_ids: Tensor
-    router_logits: Tensor
+    @property
+    def topk_weights(self) -> Tensor:
+        """(T, k), everything applied that TopK applies."""
+        ...
+
+    @property
+    def topk_ids(self) -> Tensor:
+        """(T, k), of the experts as they are placed."""
+        ...
 
 
 class DispatchLike(Protocol):
@@ -75,6 +88,8 @@ class DispatchLike(Protocol):
     hidden_states: Tensor
     hidden_states_scale: Tensor | None
     topk_output: BypassedLike | StandardLike
+
+    def _replace(self, *, topk_output: StandardLike) -> DispatchLike: ...
 
 
 class TopKLike(Protocol):
