@@ -230,7 +230,7 @@ def _experts(
         request=KernelRequest(
             shape=RoutingShape(num_experts=info.global_num_experts, top_k=top_k),
             quant=widths.quant,
-            activation=widths.activation or _activation(config),
+            activation=widths.activation or activation_of(config),
             placement=placement,
             hidden_size=dispatch.hidden_states.shape[1],
             intermediate_size=widths.intermediate_size * placement.tp_size,
@@ -243,7 +243,12 @@ def _experts(
     )
 
 
-def _activation(config: RunnerConfigLike) -> Activation:
+def activation_of(config: RunnerConfigLike) -> Activation:
+    """A runner config's activation.
+
+    Raises:
+        UnsupportedRouting: one that is not read here.
+    """
     match config.activation, config.is_gated:
         case "silu", True:
             limit = config.gemm1_clamp_limit

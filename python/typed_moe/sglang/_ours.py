@@ -21,7 +21,20 @@ from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
 
 @final
 class RoutedBySglang(RoutingStrategy):
-    """A place in a plan for routing that SGLang's TopK has done: its ids and weights are final."""
+    """A place in a plan for routing that SGLang's TopK has done: its ids and weights are final.
+
+    Args:
+        weight_on_input: the layer's `apply_router_weight_on_input`.
+    """
+
+    def __init__(self, *, weight_on_input: bool = False) -> None:
+        self._weight_on_input = weight_on_input
+
+    @property
+    @override
+    def apply_router_weight_on_input(self) -> bool:
+        """As the layer says."""
+        return self._weight_on_input
 
     @property
     @override

@@ -7,6 +7,7 @@ makes its first MoE layer; if not even that place can be hooked, the process is 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import pkgutil
@@ -20,6 +21,8 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.routing import RoutingStrategy
+from typed_moe.sglang._backend import bind, register_backend, take, wanted
 from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
 from typed_moe.sglang._mode import VARIABLE, Mode, read_mode
@@ -135,10 +138,20 @@ class Plugin:
         self._checked = True
 
     def _around_layer(
-        self, original: Function, layer: LayerLike, *args: object, **kwargs: object
+        self,
+        original: Function,
+        layer: LayerLike,
+        *args: object,
+        routing: RoutingStrategy | None = None,
+        **kwargs: object,
     ) -> None:
         if not self._checked:
             self.check_hooks()
+        if wanted(routing):
+            names = inspect.signature(original).parameters
+            kwargs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
+            take(layer, routing, kwargs)
+            args = ()
         original(layer, *args, **kwargs)
         if self.mode is Mode.ENFORCE:
             # Our runners give finished sums; the model asks before it takes unfinished ones.
@@ -152,7 +165,7 @@ class Plugin:
         *,
         routing_method_type: int | None = None,
     ) -> object:
-        del runner_backend
+        bind(topk, runner_backend)
         self.observer.bound(topk, _method_name(topk, routing_method_type))
         return result
 
@@ -208,6 +221,7 @@ def plugin() -> None:
     observer = Observer(_served_model, installed_flashinfer)
     _active.append(Plugin(mode, observer, Enforcer(installed_flashinfer)))
     _active[-1].register()
+    register_backend()
     logger.info(
         "typed-moe: %s=%s in SGLang %s: %s the calls to FlashInfer's trtllm fused MoE kernels "
         "(flashinfer_trtllm, flashinfer_trtllm_routed, flashinfer_mxfp4), compares the routing "

@@ -31,6 +31,10 @@ class LayerLike(Protocol):
     moe_tp_size: int
     moe_tp_rank: int
     supports_deferred_finalize: bool
+    num_local_experts: int
+    dispatcher: object
+    w13_weight: Tensor
+    w2_weight: Tensor
     intermediate_size_per_partition: int
 
 
@@ -46,6 +50,7 @@ class RunnerConfigLike(Protocol):
     gemm1_beta: float | None
     gemm1_clamp_limit: float | None
     swiglu_limit: float | None
+    gate_up_interleaved: bool
     apply_router_weight_on_input: bool
     routing_method_type: IntEnum | None
     layer: LayerLike | None
@@ -89,7 +94,7 @@ class DispatchLike(Protocol):
     hidden_states_scale: Tensor | None
     topk_output: BypassedLike | StandardLike
 
-    def _replace(self, *, topk_output: StandardLike) -> DispatchLike: ...
+    def _replace(self, *, topk_output: BypassedLike | StandardLike) -> DispatchLike: ...
 
 
 class TopKLike(Protocol):
@@ -98,6 +103,8 @@ class TopKLike(Protocol):
     layer_id: int
     is_draft: bool
     topk_config: TopKConfigLike
+    forward_cuda: object
+    _forward_method: object
 
 
 class QuantInfoLike(Protocol):

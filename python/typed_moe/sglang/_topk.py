@@ -21,6 +21,7 @@ class TopKConfigLike(Protocol):
     routed_scaling_factor: float | None
     apply_routed_scaling_factor_on_output: bool
     scoring_func: str
+    output_format: object
 
     @property
     def num_shared_topk_slots(self) -> int:
