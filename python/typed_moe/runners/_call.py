@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal, Protocol, assert_never, cast, final, get_args
+from typing import Literal, Protocol, assert_never, cast, final
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,6 +30,7 @@ from typed_moe.kernels import (
     MxInt4MoeArgs,
     Precomputed,
 )
+from typed_moe.kernels.flashinfer_facts import family_of
 from typed_moe.routing import InKernel, as_global_ids
 from typed_moe.runners._base import in_dtype
 from typed_moe.runners._planning import Decision
@@ -102,6 +103,9 @@ class KernelCall:
         self._experts = experts
         self._handle = next(_handles)
         _calls[self._handle] = self
+        family = family_of(decision.plan.request.quant) or "bf16"
+        if family not in _operators:
+            _operators[family] = _operator(family)
 
     def __call__(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         """(T, H) in `dtype`, the `copies` rows of one token added up."""
@@ -135,7 +139,7 @@ class KernelCall:
         else:
             first, second = routing.topk_ids, routing.topk_weights
         tensors = [getattr(args, name) for name in _TENSORS[args.family]]
-        return _OPERATORS[args.family](
+        return _operators[args.family](
             first, second, tensors, self._handle, self._hidden_size, copies, dtype
         )
 
@@ -244,6 +248,5 @@ def _operator(family: Family) -> _Operator:
     return cast("_Operator", getattr(torch.ops.typed_moe, f"{family}_moe").default)
 
 
-_OPERATORS: Mapping[Family, _Operator] = MappingProxyType(
-    {family: _operator(family) for family in get_args(Family)}
-)
+_operators: dict[Family, _Operator] = {}
+"""Of the families that a runner was made for: registering one takes 20 ms."""

@@ -7,6 +7,7 @@ runs them. The backend's name stands for itself with SGLang: no built-in layout 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Protocol, cast, final
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,8 @@ from typed_moe.sglang._ours import RoutedBySglang, is_bypassed
 from typed_moe.sglang._protocols import DispatchLike, LayerLike, RunnerConfigLike, TopKLike
 from typed_moe.sglang._topk import TopKSettings, read_topk_config
 from typed_moe.sglang._translate import RoutedOutside, strategy_of
+
+logger = logging.getLogger("typed_moe.sglang")
 
 NAME = "typed_moe"
 """Of the backend, on SGLang's command line."""
@@ -265,6 +268,7 @@ def _run(config: RunnerConfigLike, layer: LayerLike, dispatch: DispatchLike) -> 
     if form not in state.made:
         given = dispatch._replace(topk_output=topk)
         state.made[form] = _make(config, layer, given, given=not bypassed)
+        _tell(layer, state.made[form][0].plan)
     _, runner = state.made[form]
     if is_bypassed(topk):
         bias = topk.topk_config.correction_bias
@@ -275,6 +279,25 @@ def _run(config: RunnerConfigLike, layer: LayerLike, dispatch: DispatchLike) -> 
         ids = torch.where(ids >= 0, ids + layer.moe_ep_rank * layer.num_local_experts, ids)
     routed = Routed(topk_ids=ids, topk_weights=topk.topk_weights)
     return runner(dispatch.hidden_states, routed, None, CallBuffers())
+
+
+_told: set[tuple[str, str]] = set()
+
+
+def _tell(layer: LayerLike, plan: Plan) -> None:
+    """One line for the first layer of each kind; the plans of all are in `plans_of`."""
+    kind = (repr(plan.strategy), plan.kernel)
+    level = logging.DEBUG if kind in _told else logging.INFO
+    _told.add(kind)
+    logger.log(
+        level,
+        "typed-moe: %s runs %r on the %s kernel, %s routing, %r",
+        layer.layer_name,
+        plan.strategy,
+        plan.kernel,
+        plan.form.value,
+        plan.request.quant,
+    )
 
 
 def _make(
