@@ -193,3 +193,42 @@ def test_a_device_that_flashinfer_does_not_serve_is_an_error(enforced: Plugin) -
 def test_no_model_takes_unfinished_sums(enforced: Plugin) -> None:
     with mock.patch.dict("os.environ", {"SGLANG_ENABLE_MOE_DEFERRED_FINALIZE": "1"}):
         assert SglangBlock(QWEN3).experts.supports_deferred_finalize is False
+
+
+@pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.ENFORCE])
+def test_settings_that_a_piecewise_graph_drops(mode: Mode, enforced: Plugin) -> None:
+    """SGLang rebuilds the TopKConfig without its score function; the layer's own is used."""
+    from sglang.srt.layers.moe.topk import BypassedTopKOutput, TopKConfig
+
+    enforced.mode = mode
+    layer_id = 40 if mode is Mode.OBSERVE else 41
+    block = attrs.evolve(QWEN3, method="SigmoidRenorm", scoring_func="sigmoid")
+    made = SglangBlock(block, layer_id)
+    x, logits = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, QWEN3.num_experts)
+    rebuilt = TopKConfig(top_k=QWEN3.top_k, renormalize=True, layer_id=layer_id)
+    given = BypassedTopKOutput(hidden_states=x, raw_router_logits=logits, topk_config=rebuilt)
+    with watch() as calls:
+        made.experts(x, given)
+    (call,) = calls
+    number = OnAnyDevice().number("RoutingMethodType", "SigmoidRenorm")
+    assert call.arguments["routing_method_type"] == number
+    assert {one.about for one in enforced.observer.findings.values()} <= {
+        "tune_max_num_tokens",
+        "routed_scaling_factor",
+    }
+
+
+def test_two_topks_of_one_layer_are_not_guessed_between(enforced: Plugin) -> None:
+    from sglang.srt.layers.moe.topk import BypassedTopKOutput, TopKConfig
+
+    made = SglangBlock(QWEN3, 42)
+    SglangBlock(QWEN3, 42)
+    x, logits = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, QWEN3.num_experts)
+    rebuilt = TopKConfig(top_k=QWEN3.top_k, renormalize=True, layer_id=42)
+    given = BypassedTopKOutput(hidden_states=x, raw_router_logits=logits, topk_config=rebuilt)
+    with pytest.raises(UnsupportedRouting, match="layer 42 has 2 TopKs"):
+        made.experts(x, given)
+    enforced.mode = Mode.OBSERVE  # which only watches: SGLang's call is made
+    with watch() as calls:
+        made.experts(x, given)
+    assert len(calls) == 1

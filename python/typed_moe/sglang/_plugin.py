@@ -35,7 +35,7 @@ from typed_moe.sglang._protocols import (
     RunnerConfigLike,
     TopKLike,
 )
-from typed_moe.sglang._topk import read_topk_config
+from typed_moe.sglang._topk import TopKConfigLike, read_topk_config
 from typed_moe.sglang._translate import strategy_of
 
 logger = logging.getLogger("typed_moe.sglang")
@@ -103,7 +103,10 @@ class Plugin:
     """
 
     def __init__(self, mode: Mode, observer: Observer, enforcer: Enforcer) -> None:
-        self.mode, self.observer, self.enforcer = mode, observer, enforcer
+        self.mode: Mode = mode
+        self.observer: Observer = observer
+        self.enforcer: Enforcer = enforcer
+        self._configs: dict[int | None, list[TopKConfigLike]] = {}
         self._checked = False
         kernels = [
             Hook(target=target, kind="AROUND", function=self._around_kernel(read))
@@ -166,8 +169,32 @@ class Plugin:
         routing_method_type: int | None = None,
     ) -> object:
         bind(topk, runner_backend)
+        self._configs.setdefault(topk.topk_config.layer_id, []).append(topk.topk_config)
         self.observer.bound(topk, _method_name(topk, routing_method_type))
         return result
+
+    def _restored(self, dispatch: DispatchLike) -> DispatchLike:
+        """With the settings that the model made, where SGLang has rebuilt them from a few.
+
+        A piecewise CUDA graph hands a layer's logits on without `scoring_func`, the factor and
+        whether there are groups (`fused_moe_bypassed_piecewise_cuda_graph_impl`).
+
+        Raises:
+            UnsupportedRouting: the layer has several TopKs, and nothing says which it is.
+        """
+        topk = dispatch.topk_output
+        if not is_bypassed(topk):
+            return dispatch
+        config = topk.topk_config
+        known = self._configs.get(config.layer_id, [])
+        if not known or any(config is one for one in known):
+            return dispatch
+        if len(known) > 1:
+            raise UnsupportedRouting(
+                f"layer {config.layer_id} has {len(known)} TopKs, and a piecewise CUDA graph hands "
+                "on the logits of one without saying whose; serve without piecewise graphs"
+            )
+        return dispatch._replace(topk_output=topk._replace(topk_config=known[0]))
 
     def _around_kernel(self, read: _Read) -> object:
         def hook(
@@ -182,7 +209,7 @@ class Plugin:
                 return read(quant_info, runner_config, dispatch, top_k)
 
             if self.mode is Mode.ENFORCE:
-                given = _materialised(dispatch_output, read)
+                given = _materialised(self._restored(dispatch_output), read)
                 return self.enforcer.call(experts, quant_info, runner_config, given)
 
             def call() -> object:
@@ -191,7 +218,11 @@ class Plugin:
             if not self.observer.wants(runner_config, dispatch_output):
                 return call()
 
-            return self.observer.observe(experts, runner_config, dispatch_output, call)
+            try:
+                restored = self._restored(dispatch_output)
+            except UnsupportedRouting:
+                return call()  # nothing to compare with; SGLang's own call needs no settings
+            return self.observer.observe(experts, runner_config, restored, call)
 
         return hook
 

@@ -22,6 +22,7 @@ class TopKConfigLike(Protocol):
     apply_routed_scaling_factor_on_output: bool
     scoring_func: str
     output_format: object
+    layer_id: int | None
 
     @property
     def num_shared_topk_slots(self) -> int:
