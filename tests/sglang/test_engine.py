@@ -16,6 +16,8 @@ from tests.sglang.engine_run import NEW_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.sglang
 
+ROOT = Path(__file__).parents[2]
+
 
 @attrs.frozen(kw_only=True)
 class Served:
@@ -72,11 +74,11 @@ def expected(checkpoint: Path) -> list[list[int]]:
     return found
 
 
-def serve(folder: Path, backend: str, mode: str) -> Served:
+def serve(folder: Path, backend: str, mode: str, **environment: str) -> Served:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.sglang.engine_run", str(folder), backend],
-        env={**os.environ, "TYPED_MOE_SGLANG": mode},
-        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TYPED_MOE_SGLANG": mode, **environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -100,3 +102,18 @@ def test_the_same_tokens_without_the_plugin(checkpoint: Path, expected: list[lis
     served = serve(checkpoint, "auto", "off")
     assert served.tokens == expected
     assert "on the reference kernel" not in served.log
+
+
+def test_the_model_of_the_docs(checkpoint: Path, expected: list[list[int]]) -> None:
+    """`FusedMoE(..., routing=RenormalizeNaive())` in a package of one's own, on any backend."""
+    served = serve(
+        checkpoint,
+        "auto",
+        "observe",
+        SGLANG_EXTERNAL_MODEL_PACKAGE="sglang_models",
+        PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "docs" / "examples")]),
+    )
+    assert served.tokens == expected
+    assert (
+        "model.layers.0.mlp.experts runs RenormalizeNaive() on the reference kernel" in served.log
+    )
