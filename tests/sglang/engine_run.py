@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from tests.sglang import stand_ins
 
 stand_ins.install()
+if os.environ.get("TYPED_MOE_TEST_MODEL") == "qwen2_moe":
+    stand_ins.install_qwen2_gate()
 
 PROMPTS = [[3, 14, 15, 92, 6], [2, 71, 82, 81]]
 NEW_TOKENS = 6

@@ -11,6 +11,9 @@ import importlib.machinery
 import sys
 import types
 
+import torch
+from torch import Tensor
+
 
 class InterpolationMode(enum.Enum):
     """torchvision's, of which image processors read members while they are defined."""
@@ -54,3 +57,17 @@ def install() -> None:
     _module("torchvision", transforms=transforms, __version__="0.0.0")
     operators = _module("vllm._custom_ops", rotary_embedding=_refuse)
     _module("vllm", _custom_ops=operators)
+
+
+def install_qwen2_gate() -> None:
+    """qwen2_moe's Triton function for its shared expert's gate, in torch."""
+    import sglang.srt.models.qwen2_moe as qwen2
+
+    qwen2.fused_gate_sigmoid_mul_add = gate_sigmoid_mul_add
+
+
+def gate_sigmoid_mul_add(
+    x: Tensor, weight: Tensor, shared: Tensor, routed: Tensor, *_: object
+) -> None:
+    """routed += sigmoid(x @ weight) * shared."""
+    routed.add_(torch.sigmoid(x @ weight.reshape(-1, 1)) * shared)

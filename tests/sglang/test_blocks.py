@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tests import oracle
 from tests.oracle import RULES, Act, Rule
+from tests.sglang import stand_ins
 from typed_moe.sglang import Plugin
 from typed_moe.sglang._backend import plans_of
 from typed_moe.sglang._protocols import LayerLike
@@ -267,13 +268,8 @@ def _stand_ins(stack: ExitStack) -> None:
     """A Triton function of qwen2_moe's and its own definition, in torch."""
     import sglang.srt.models.qwen2_moe as qwen2
 
-    def gate_sigmoid_mul_add(
-        x: Tensor, weight: Tensor, shared: Tensor, routed: Tensor, *_: object
-    ) -> None:
-        routed.add_(torch.sigmoid(x @ weight.reshape(-1, 1)) * shared)
-
     stack.enter_context(
-        mock.patch.object(qwen2, "fused_gate_sigmoid_mul_add", gate_sigmoid_mul_add)
+        mock.patch.object(qwen2, "fused_gate_sigmoid_mul_add", stand_ins.gate_sigmoid_mul_add)
     )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -27,42 +28,79 @@ class Served:
     log: str
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-MoE as transformers saves it, whose experts and gates matter."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+COMMON: Mapping[str, object] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """A tiny model of one architecture, and the strategy that its TopK means."""
+
+    model_type: str
+    strategy: str
+    fields: Mapping[str, object]
+
+
+QWEN3 = Model(model_type="qwen3_moe", strategy="RenormalizeNaive()", fields={"num_experts": 8})
+MODELS = [
+    QWEN3,
+    Model(
+        model_type="qwen2_moe",
+        strategy="Default()",
+        fields={
+            "num_experts": 8,
+            "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
+    Model(
+        model_type="glm4_moe",
+        strategy="DeepSeekV3(",
+        fields={
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+            "first_k_dense_replace": 0,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
+    ),
+]
+
+
+def checkpoint(model: Model, folder: Path) -> None:
+    """As transformers saves it, with experts and gates that matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig.from_dict(
-        {
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "moe_intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "max_position_embeddings": 256,
-            "initializer_range": 0.2,
-            "tie_word_embeddings": False,
-        }
-    )
-    model = Qwen3MoeForCausalLM(config)
-    folder = tmp_path_factory.mktemp("tiny-qwen3-moe")
-    model.save_pretrained(folder)
-    return folder
+    config = AutoConfig.for_model(model.model_type, **{**COMMON, **model.fields})
+    made = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers'
+    for name, tensor in made.state_dict().items():
+        if "e_score_correction_bias" in name:
+            tensor.normal_(std=0.3)
+    made.save_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[list[int]]:
+def expected(folder: Path) -> list[list[int]]:
     """transformers' greedy tokens."""
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3MoeForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found: list[list[int]] = []
     for prompt in PROMPTS:
         tokens = list(prompt)
@@ -89,31 +127,34 @@ def serve(folder: Path, backend: str, mode: str, **environment: str) -> Served:
     return Served(tokens=json.loads(line.removeprefix("TOKENS ")), log=done.stderr)
 
 
-def test_the_same_tokens_with_our_backend(checkpoint: Path, expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.model_type)
+def test_the_same_tokens_with_our_backend(model: Model, tmp_path: Path) -> None:
     """transformers', and the scheduler child says which runner computed them."""
-    served = serve(checkpoint, "typed_moe", "observe")
-    assert served.tokens == expected
-    assert (
-        "model.layers.0.mlp.experts runs RenormalizeNaive() on the reference kernel" in served.log
-    )
+    checkpoint(model, tmp_path)
+    served = serve(tmp_path, "typed_moe", "observe", TYPED_MOE_TEST_MODEL=model.model_type)
+    assert served.tokens == expected(tmp_path)
+    assert f"layers.0.mlp.experts runs {model.strategy}" in served.log
+    assert "on the reference kernel" in served.log
 
 
-def test_the_same_tokens_without_the_plugin(checkpoint: Path, expected: list[list[int]]) -> None:
-    served = serve(checkpoint, "auto", "off")
-    assert served.tokens == expected
+def test_the_same_tokens_without_the_plugin(tmp_path: Path) -> None:
+    checkpoint(QWEN3, tmp_path)
+    served = serve(tmp_path, "auto", "off")
+    assert served.tokens == expected(tmp_path)
     assert "on the reference kernel" not in served.log
 
 
-def test_the_model_of_the_docs(checkpoint: Path, expected: list[list[int]]) -> None:
+def test_the_model_of_the_docs(tmp_path: Path) -> None:
     """`FusedMoE(..., routing=RenormalizeNaive())` in a package of one's own, on any backend."""
+    checkpoint(QWEN3, tmp_path)
     served = serve(
-        checkpoint,
+        tmp_path,
         "auto",
         "observe",
         SGLANG_EXTERNAL_MODEL_PACKAGE="sglang_models",
         PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "docs" / "examples")]),
     )
-    assert served.tokens == expected
+    assert served.tokens == expected(tmp_path)
     assert (
         "model.layers.0.mlp.experts runs RenormalizeNaive() on the reference kernel" in served.log
     )
