@@ -24,7 +24,7 @@ PROMPTS = [[3, 14, 15, 92, 6], [2, 71, 82, 81]]
 NEW_TOKENS = 6
 
 
-def main(folder: str, backend: str) -> None:
+def main(folder: str, backend: str, tp_size: str = "1", ep_size: str = "1") -> None:
     """Start, generate, stop."""
     from sglang import Engine
 
@@ -35,6 +35,8 @@ def main(folder: str, backend: str) -> None:
         attention_backend="torch_native",
         sampling_backend="pytorch",
         moe_runner_backend=backend,
+        tp_size=int(tp_size),
+        ep_size=int(ep_size),
         skip_tokenizer_init=True,
         max_total_tokens=512,
         disable_radix_cache=True,

@@ -112,9 +112,13 @@ def expected(folder: Path) -> list[list[int]]:
     return found
 
 
-def serve(folder: Path, backend: str, mode: str, **environment: str) -> Served:
+def serve(
+    folder: Path, backend: str, mode: str, *, tp: int = 1, ep: int = 1, **environment: str
+) -> Served:
+    """One engine, with as many scheduler processes as `tp`."""
+    arguments = (str(folder), backend, str(tp), str(ep))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.sglang.engine_run", str(folder), backend],
+        [sys.executable, "-W", "ignore", "-m", "tests.sglang.engine_run", *arguments],
         env={**os.environ, "TYPED_MOE_SGLANG": mode, **environment},
         cwd=ROOT,
         capture_output=True,
@@ -135,6 +139,22 @@ def test_the_same_tokens_with_our_backend(model: Model, tmp_path: Path) -> None:
     assert served.tokens == expected(tmp_path)
     assert f"layers.0.mlp.experts runs {model.strategy}" in served.log
     assert "on the reference kernel" in served.log
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="SGLang binds each rank to a core")
+@pytest.mark.parametrize("ep", [1, 2], ids=["tensor parallel", "expert parallel"])
+def test_two_ranks(ep: int, tmp_path: Path) -> None:
+    """Two schedulers over gloo, each with half of every expert, or with half of the experts."""
+    checkpoint(QWEN3, tmp_path)
+    served = serve(tmp_path, "typed_moe", "observe", tp=2, ep=ep, SGLANG_CPU_OMP_THREADS_BIND="0|1")
+    assert served.tokens == expected(tmp_path)
+    for rank in ("TP0", "TP1"):
+        (line,) = (
+            line
+            for line in served.log.splitlines()
+            if f" {rank}" in line and "experts runs RenormalizeNaive()" in line
+        )
+        assert "on the reference kernel" in line
 
 
 def test_the_same_tokens_without_the_plugin(tmp_path: Path) -> None:
