@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -51,6 +52,51 @@ def test_a_hook_that_another_plugin_took_is_an_error_at_the_first_layer(trtllm: 
     ):
         SglangBlock(BLOCK)
     SglangBlock(BLOCK)
+
+
+@dataclasses.dataclass
+class Newer:
+    """A TopKConfig of a release that is not known."""
+
+    top_k: int
+    temperature: float = 1.0
+
+
+@pytest.mark.sglang
+def test_a_setting_that_is_gone_is_an_error_at_the_first_layer(trtllm: Plugin) -> None:
+    import sglang.srt.layers.moe.topk as topk
+
+    trtllm._checked = False
+    with (
+        mock.patch.object(topk, "TopKConfig", Newer),
+        pytest.raises(UnsupportedRouting, match=r"has no \['apply_routed.*and has \['temperature"),
+    ):
+        SglangBlock(BLOCK)
+    SglangBlock(BLOCK)
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize("mode", [Mode.OBSERVE, Mode.ENFORCE])
+def test_a_setting_that_is_new(
+    mode: Mode, trtllm: Plugin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said where we only watch, refused where the calls are ours."""
+    import sglang.srt.layers.moe.topk as topk
+
+    newer = dataclasses.make_dataclass(
+        "TopKConfig", [("temperature", float, 1.0)], bases=(topk.TopKConfig,)
+    )
+    trtllm.mode = mode
+    try:
+        with mock.patch.object(topk, "TopKConfig", newer):
+            if mode is Mode.ENFORCE:
+                with pytest.raises(UnsupportedRouting, match="temperature"):
+                    trtllm.check_hooks()
+            else:
+                trtllm.check_hooks()
+                assert "has ['temperature'], which is not read" in caplog.text
+    finally:
+        trtllm.mode = Mode.OBSERVE
 
 
 @pytest.mark.sglang

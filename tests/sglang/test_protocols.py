@@ -17,7 +17,9 @@ import torch
 from tests.sglang.layers import Block, SglangBlock
 from typed_moe.sglang import Plugin, TopKConfigLike
 from typed_moe.sglang import _protocols as protocols
+from typed_moe.sglang._ours import ids_of
 from typed_moe.sglang._plugin import TESTED
+from typed_moe.sglang._topk import ASIDE, READ
 
 pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("sglang_host")]
 
@@ -33,20 +35,6 @@ RECORDS: Mapping[type, str] = {
     protocols.BypassedLike: f"{MOE}.topk.BypassedTopKOutput",
     protocols.StandardLike: f"{MOE}.topk.StandardTopKOutput",
     protocols.DispatchLike: f"{MOE}.token_dispatcher.standard.StandardDispatchOutput",
-}
-# Of TopKConfig, what says nothing about which experts are chosen with which weights.
-ASIDE = {
-    "shared_experts",
-    "torch_native",
-    "fused_shared_experts_scaling_factor",
-    "runner_backend",
-    "routing_method_type",
-    "fused_gate_packed_ids",
-    "allow_routed_experts_capture",
-    # A sqrtsoftplus through log1p: the same function.
-    "sqrtsoftplus_log1p",
-    "_correction_bias_dtype_cache",
-    "_correction_bias_cache_key",
 }
 
 
@@ -80,7 +68,8 @@ def test_every_name_that_is_read_is_there(protocol: type) -> None:
 def test_no_setting_of_topk_is_unread() -> None:
     """A new one has to be translated, or to be put aside with a reason."""
     fields = {one.name for one in dataclasses.fields(_real(RECORDS[TopKConfigLike]))}
-    assert fields - ASIDE == _wanted(TopKConfigLike) - {"num_shared_topk_slots"}
+    assert fields == READ | ASIDE
+    assert _wanted(TopKConfigLike) - {"num_shared_topk_slots"} == READ
 
 
 def test_a_layers_attributes(trtllm: Plugin) -> None:
@@ -120,3 +109,14 @@ def test_outputs_have_the_tensors(trtllm: Plugin) -> None:
     made = SglangBlock(Block(method="RenormalizeNaive", quant="bf16", renormalize=False))
     output = made.topk(torch.randn(3, 256), torch.randn(3, 8))
     assert output.topk_ids.shape == output.topk_weights.shape == (3, 2)
+
+
+def test_an_id_and_its_weight_in_one_word() -> None:
+    """As SGLang packs them: the id above, bfloat16 bits below, the sign bit set too."""
+    ids = torch.tensor([[3, 200], [0, 255]])
+    weights = torch.tensor([[0.5, -1.25], [1.0, 0.0078125]])
+    low = weights.bfloat16().view(torch.int16).int() & 0xFFFF
+    output = _real(f"{MOE}.topk.PackedTopKOutput")((ids.int() << 16) | low, None)
+    found = ids_of(output)
+    assert torch.equal(found[0], ids.int())
+    assert torch.equal(found[1], weights)

@@ -21,7 +21,7 @@ from typed_moe.kernels import ExpertWeights, KernelRequest
 from typed_moe.routing import Routed, RoutingForm, RoutingShape, RoutingStrategy
 from typed_moe.runners import CallBuffers, Decision, MoeRunner, Plan, decide, make_runner
 from typed_moe.sglang._layers import activation_of
-from typed_moe.sglang._ours import RoutedBySglang, is_bypassed
+from typed_moe.sglang._ours import RoutedBySglang, ids_of, is_bypassed, top_k_of
 from typed_moe.sglang._protocols import DispatchLike, LayerLike, RunnerConfigLike, TopKLike
 from typed_moe.sglang._topk import TopKSettings, read_topk_config
 from typed_moe.sglang._translate import RoutedOutside, strategy_of
@@ -266,18 +266,19 @@ def _run(config: RunnerConfigLike, layer: LayerLike, dispatch: DispatchLike) -> 
     bypassed = is_bypassed(topk)
     form = RoutingForm.IN_KERNEL if bypassed else RoutingForm.PRECOMPUTED
     if form not in state.made:
-        given = dispatch._replace(topk_output=topk)
-        state.made[form] = _make(config, layer, given, given=not bypassed)
+        state.made[form] = _make(
+            config, layer, dispatch.hidden_states, top_k_of(topk), given=not bypassed
+        )
         _tell(layer, state.made[form][0].plan)
     _, runner = state.made[form]
     if is_bypassed(topk):
         bias = topk.topk_config.correction_bias
         return runner(dispatch.hidden_states, topk.router_logits, bias, CallBuffers())
-    ids = topk.topk_ids
+    ids, weights = ids_of(topk)
     if getattr(layer.dispatcher, "local_expert_mapping", None) is not None:
         # SGLang's dispatcher has made them local, with -1 for the other ranks' experts.
         ids = torch.where(ids >= 0, ids + layer.moe_ep_rank * layer.num_local_experts, ids)
-    routed = Routed(topk_ids=ids, topk_weights=topk.topk_weights)
+    routed = Routed(topk_ids=ids, topk_weights=weights)
     return runner(dispatch.hidden_states, routed, None, CallBuffers())
 
 
@@ -301,7 +302,7 @@ def _tell(layer: LayerLike, plan: Plan) -> None:
 
 
 def _make(
-    config: RunnerConfigLike, layer: LayerLike, dispatch: DispatchLike, *, given: bool
+    config: RunnerConfigLike, layer: LayerLike, hidden_states: Tensor, top_k: int, *, given: bool
 ) -> tuple[Decision, MoeRunner]:
     strategy = _strategy(config, layer, given=given)
     weights = _weights(layer, interleaved=_interleaved(config))
@@ -311,19 +312,17 @@ def _make(
         ep_size=layer.moe_ep_size,
         ep_rank=layer.moe_ep_rank,
     )
-    topk = dispatch.topk_output
-    top_k = topk.topk_config.top_k if is_bypassed(topk) else topk.topk_ids.shape[1]
     request = KernelRequest(
         shape=RoutingShape(num_experts=layer.num_experts, top_k=top_k),
         quant=Unquantized() if weights.w13_scale is None else _fp8(weights.w13_scale),
         activation=_activation(config),
         placement=placement,
-        hidden_size=dispatch.hidden_states.shape[1],
+        hidden_size=hidden_states.shape[1],
         intermediate_size=layer.intermediate_size_per_partition * placement.tp_size,
         num_fused_shared_experts=0,
         has_bias=weights.w13_bias is not None,
-        device=dispatch.hidden_states.device,
-        dtype=dispatch.hidden_states.dtype,
+        device=hidden_states.device,
+        dtype=hidden_states.dtype,
     )
     decision = decide(request, strategy, form=RoutingForm.PRECOMPUTED if given else None)
     return decision, make_runner(decision, decision.kernel.prepare(weights, request))

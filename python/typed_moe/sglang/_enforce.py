@@ -15,7 +15,13 @@ from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.runners import Plan
 from typed_moe.sglang._layers import SglangExperts, layer_of
-from typed_moe.sglang._ours import OurExperts, is_bypassed, our_experts, translated
+from typed_moe.sglang._ours import (
+    OurExperts,
+    is_bypassed,
+    our_experts,
+    top_k_of,
+    translated,
+)
 from typed_moe.sglang._protocols import DispatchLike, LayerLike, RunnerConfigLike
 from typed_moe.sglang._translate import RoutedOutside
 
@@ -64,13 +70,11 @@ class Enforcer:
         hidden = dispatch.hidden_states
         if hidden.shape[0] == 0:
             return _combine_input(torch.empty_like(hidden))
-        method = config.routing_method_type
-        name = None if method is None else method.name
         topk = dispatch.topk_output
-        if is_bypassed(topk) and isinstance(translated(dispatch, name), RoutedOutside):
+        if is_bypassed(topk) and isinstance(translated(dispatch, config), RoutedOutside):
             # No strategy computes it, so SGLang's own TopK does, before the kernel.
             dispatch = dispatch._replace(topk_output=topk.to_standard())
-        made = self._runner(read, info, config, dispatch, name)
+        made = self._runner(read, info, config, dispatch)
         return _combine_input(made.ours(dispatch, _output_for(hidden)))
 
     def _runner(
@@ -79,7 +83,6 @@ class Enforcer:
         info: object,
         config: RunnerConfigLike,
         dispatch: DispatchLike,
-        method: str | None,
     ) -> _Made:
         layer = layer_of(config)
         topk = dispatch.topk_output
@@ -88,9 +91,10 @@ class Enforcer:
         # Weights may be replaced while serving, and derived scales are the old ones' then.
         if made is not None and (made.stamp, made.bypassed) == (stamp, bypassed):
             return made
-        top_k = topk.topk_config.top_k if is_bypassed(topk) else topk.topk_ids.shape[1]
         try:
-            ours = our_experts(read(dispatch, top_k), translated(dispatch, method), self._library())
+            ours = our_experts(
+                read(dispatch, top_k_of(topk)), translated(dispatch, config), self._library()
+            )
         except UnsupportedRouting as refused:
             raise UnsupportedRouting(
                 f"{layer.layer_name}: {refused}. TYPED_MOE_SGLANG=observe serves it with SGLang's "

@@ -112,11 +112,8 @@ def read_fp4(
     info: Fp4InfoLike, config: RunnerConfigLike, dispatch: DispatchLike, top_k: int
 ) -> SglangExperts:
     """NVFP4. Raises: UnsupportedRouting, for activations that are quantised otherwise."""
-    if info.use_per_token_activation or dispatch.hidden_states_scale is not None:
-        raise UnsupportedRouting(
-            "NVFP4 activations with a scale per token, or quantised by the dispatcher, are not "
-            "built here; SGLang's own call is the one to use"
-        )
+    if info.use_per_token_activation:
+        raise UnsupportedRouting("NVFP4 activations with a scale per token are not made here")
     if info.padded_hidden_size is not None:
         raise UnsupportedRouting(
             f"the weights are padded to a hidden size of {info.padded_hidden_size}; only unpadded "
@@ -209,6 +206,11 @@ def _experts(
         raise UnsupportedRouting(
             f"{config.num_fused_shared_experts} shared experts are fused into SGLang's layer; only "
             "layers without are read here (--disable-shared-experts-fusion)"
+        )
+    if dispatch.hidden_states_scale is not None:
+        raise UnsupportedRouting(
+            f"activations arrive as {dispatch.hidden_states.dtype}, quantised by the dispatcher; only "
+            "those that the layer quantises are read here"
         )
     placement = Placement(
         tp_size=layer.moe_tp_size,

@@ -15,7 +15,15 @@ from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.sglang._differences import Call, Difference, differences
 from typed_moe.sglang._layers import SglangExperts
 from typed_moe.sglang._methods import Agreement, compare_method
-from typed_moe.sglang._ours import GivenIds, OurExperts, is_bypassed, our_experts, translated
+from typed_moe.sglang._ours import (
+    GivenIds,
+    OurExperts,
+    is_bypassed,
+    method_of,
+    our_experts,
+    top_k_of,
+    translated,
+)
 from typed_moe.sglang._protocols import DispatchLike, LayerLike, RunnerConfigLike, TopKLike
 from typed_moe.sglang._topk import TopKSettings, read_topk_config
 from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
@@ -113,14 +121,14 @@ class Observer:
         calls: list[Call],
         library: FlashInferLibrary,
     ) -> None:
-        method = _name(config)
+        method = method_of(config)
         uncalled = UncalledFlashInfer(library)
         settings = _settings(dispatch)
         strategy: Translation | None = None
         try:
             dispatch = _as_routed(dispatch, calls)
-            strategy = translated(dispatch, method)
-            ours = our_experts(read(dispatch, _top_k(dispatch)), strategy, uncalled)
+            strategy = translated(dispatch, config)
+            ours = our_experts(read(dispatch, top_k_of(dispatch.topk_output)), strategy, uncalled)
         except UnsupportedRouting as refused:
             self._report("no plan", str(refused), f"no plan of ours: {refused}", logging.WARNING)
             return
@@ -169,11 +177,6 @@ class Observer:
         logger.log(level, "typed-moe: %s: %s", model, message)
 
 
-def _name(config: RunnerConfigLike) -> str | None:
-    method = config.routing_method_type
-    return None if method is None else method.name
-
-
 def _settings(dispatch: DispatchLike) -> TopKSettings | None:
     topk = dispatch.topk_output
     return read_topk_config(topk.topk_config) if is_bypassed(topk) else None
@@ -189,11 +192,6 @@ def _as_routed(dispatch: DispatchLike, calls: list[Call]) -> DispatchLike:
     if not is_bypassed(dispatch.topk_output) or not isinstance(given, tuple):
         return dispatch
     return dispatch._replace(topk_output=GivenIds(topk_ids=given[0], topk_weights=given[1]))
-
-
-def _top_k(dispatch: DispatchLike) -> int:
-    topk = dispatch.topk_output
-    return topk.topk_config.top_k if is_bypassed(topk) else topk.topk_ids.shape[1]
 
 
 def _buffer_like(call: Call) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 import attrs
+import torch
 from torch import Tensor
 from typing_extensions import TypeIs, override
 
@@ -14,7 +15,13 @@ from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.routing import Routed, RoutingForm, RoutingShape, RoutingStrategy
 from typed_moe.runners import CallBuffers, MoeRunner, Plan, decide, make_runner
 from typed_moe.sglang._layers import SglangExperts
-from typed_moe.sglang._protocols import BypassedLike, DispatchLike, StandardLike
+from typed_moe.sglang._protocols import (
+    BypassedLike,
+    DispatchLike,
+    PackedLike,
+    RunnerConfigLike,
+    StandardLike,
+)
 from typed_moe.sglang._topk import read_topk_config
 from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
 
@@ -77,7 +84,8 @@ class OurExperts:
                 topk.topk_config.correction_bias,
                 buffers,
             )
-        routed = Routed(topk_ids=topk.topk_ids, topk_weights=topk.topk_weights)
+        ids, weights = ids_of(topk)
+        routed = Routed(topk_ids=ids, topk_weights=weights)
         return self.runner(dispatch.hidden_states, routed, None, buffers)
 
 
@@ -90,17 +98,45 @@ class GivenIds:
     topk_weights: Tensor
 
 
-def is_bypassed(topk: BypassedLike | StandardLike) -> TypeIs[BypassedLike]:
+def is_bypassed(topk: BypassedLike | StandardLike | PackedLike) -> TypeIs[BypassedLike]:
     """Whether SGLang leaves the routing to the kernel."""
     return hasattr(topk, "topk_config")
 
 
-def translated(dispatch: DispatchLike, method: str | None) -> Translation:
+def translated(dispatch: DispatchLike, config: RunnerConfigLike) -> Translation:
     """The strategy of a call: by its TopK's settings, or that SGLang has routed."""
     topk = dispatch.topk_output
     if is_bypassed(topk):
-        return strategy_of(read_topk_config(topk.topk_config), method)
-    return RoutedBySglang()
+        return strategy_of(read_topk_config(topk.topk_config), method_of(config))
+    return RoutedBySglang(weight_on_input=config.apply_router_weight_on_input)
+
+
+def method_of(config: RunnerConfigLike) -> str | None:
+    """The name of the number that the layer has; None: it has none.
+
+    A config.json may hold the number itself, which is then the layer's.
+    """
+    method = config.routing_method_type
+    return getattr(method, "name", None)
+
+
+def ids_of(topk: StandardLike | PackedLike) -> tuple[Tensor, Tensor]:
+    """Ids and weights of what SGLang has routed; of one word, the id is the upper half."""
+    if not is_packed(topk):
+        return topk.topk_ids, topk.topk_weights
+    words = topk.packed_topk_ids
+    weights = (words & 0xFFFF).to(torch.int16).view(torch.bfloat16)
+    return words >> 16, weights.float()
+
+
+def is_packed(topk: StandardLike | PackedLike) -> TypeIs[PackedLike]:
+    """Whether ids and weights are in one word."""
+    return not hasattr(topk, "topk_ids")
+
+
+def top_k_of(topk: BypassedLike | StandardLike | PackedLike) -> int:
+    """Experts per token."""
+    return topk.topk_config.top_k if is_bypassed(topk) else ids_of(topk)[0].shape[1]
 
 
 def our_experts(

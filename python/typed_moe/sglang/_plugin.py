@@ -6,6 +6,7 @@ makes its first MoE layer; if not even that place can be hooked, the process is 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -35,7 +36,7 @@ from typed_moe.sglang._protocols import (
     RunnerConfigLike,
     TopKLike,
 )
-from typed_moe.sglang._topk import TopKConfigLike, read_topk_config
+from typed_moe.sglang._topk import ASIDE, READ, TopKConfigLike, read_topk_config
 from typed_moe.sglang._translate import strategy_of
 
 logger = logging.getLogger("typed_moe.sglang")
@@ -138,7 +139,32 @@ class Plugin:
                 f"it is tested with {TESTED}, and another plugin may have replaced them. Set "
                 f"{VARIABLE}=off to serve without typed-moe"
             )
+        self._check_settings()
         self._checked = True
+
+    def _check_settings(self) -> None:
+        """Refuse to route by settings that another SGLang has added, or no longer has.
+
+        Raises:
+            UnsupportedRouting: a field that is read is gone; or, where calls are ours, there is one
+                whose meaning is not known. `observe` warns of that.
+        """
+        config = importlib.import_module(f"{_MOE}.topk").TopKConfig
+        fields = {one.name for one in dataclasses.fields(config)}
+        gone, new = READ - fields, fields - READ - ASIDE
+        if gone or (new and self.mode is Mode.ENFORCE):
+            raise UnsupportedRouting(
+                f"TopKConfig of SGLang {_release()} has no {sorted(gone)} and has {sorted(new)}; "
+                f"what SGLang {TESTED} has is what is known. Set {VARIABLE}=off to serve without "
+                "typed-moe"
+            )
+        if new:
+            logger.warning(
+                "typed-moe: TopKConfig of SGLang %s has %s, which is not read; what is reported "
+                "here may be for that reason",
+                _release(),
+                sorted(new),
+            )
 
     def _around_layer(
         self,

@@ -52,7 +52,7 @@ class RunnerConfigLike(Protocol):
     swiglu_limit: float | None
     gate_up_interleaved: bool
     apply_router_weight_on_input: bool
-    routing_method_type: IntEnum | None
+    routing_method_type: IntEnum | int | None
     layer: LayerLike | None
 
 
@@ -89,12 +89,21 @@ class StandardLike(Protocol):
         ...
 
 
+class PackedLike(Protocol):
+    """**Protocol:** `PackedTopKOutput`: routed, an id and its bfloat16 weight in one word."""
+
+    @property
+    def packed_topk_ids(self) -> Tensor:
+        """(T, k) int32."""
+        ...
+
+
 class DispatchLike(Protocol):
     """**Protocol:** `StandardDispatchOutput` and its kin."""
 
     hidden_states: Tensor
     hidden_states_scale: Tensor | None
-    topk_output: BypassedLike | StandardLike
+    topk_output: BypassedLike | StandardLike | PackedLike
 
     def _replace(self, *, topk_output: BypassedLike | StandardLike) -> DispatchLike: ...
 

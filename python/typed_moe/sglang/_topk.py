@@ -30,6 +30,42 @@ class TopKConfigLike(Protocol):
         ...
 
 
+READ = frozenset(
+    {
+        "top_k",
+        "use_grouped_topk",
+        "topk_group",
+        "num_expert_group",
+        "renormalize",
+        "custom_routing_function",
+        "correction_bias",
+        "routed_scaling_factor",
+        "apply_routed_scaling_factor_on_output",
+        "scoring_func",
+        "output_format",
+        "layer_id",
+    }
+)
+"""The fields of `TopKConfig` that are read."""
+
+ASIDE = frozenset(
+    {
+        "shared_experts",
+        "torch_native",
+        "fused_shared_experts_scaling_factor",
+        "runner_backend",
+        "routing_method_type",
+        "fused_gate_packed_ids",
+        "allow_routed_experts_capture",
+        # A sqrtsoftplus through log1p: the same function.
+        "sqrtsoftplus_log1p",
+        "_correction_bias_dtype_cache",
+        "_correction_bias_cache_key",
+    }
+)
+"""Those that say nothing about which experts are chosen with which weights."""
+
+
 @final
 @attrs.frozen(kw_only=True)
 class TopKSettings:
