@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Protocol, cast
 from unittest import mock
 
 import pytest
@@ -117,6 +117,15 @@ def _halves(w13: Tensor, w2: Tensor) -> oracle.Experts:
     return oracle.Experts(gate=w13[:, :WIDTH], up=w13[:, WIDTH:], down=w2)
 
 
+class _Method(Protocol):
+    def process_weights_after_loading(self, layer: nn.Module) -> None: ...
+
+
+def _method(layer: nn.Module) -> _Method:
+    """SGLang's quantisation method, which is a module where it is a fused operator."""
+    return cast("_Method", layer.quant_method)
+
+
 def _draw() -> tuple[Tensor, Tensor]:
     return torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, EXPERTS)
 
@@ -188,7 +197,7 @@ def test_fp8_blocks_as_sglang_loads_them(typed: Plugin) -> None:
         weight_block_size=[128, 128],
     )
     layer, (x, logits) = _layer(quant), _draw()
-    vars(layer)["quant_method"].process_weights_after_loading(layer)
+    _method(layer).process_weights_after_loading(layer)
     got = _call(layer, x, logits)
     want = oracle.layer(
         RULES["RenormalizeNaive"], _plain(layer), x, logits, None, top_k=TOP_K, act=Act()
@@ -209,6 +218,32 @@ def test_a_format_that_is_not_run_is_an_error_at_construction(typed: Plugin) -> 
 def test_fused_shared_experts_are_an_error_at_construction(typed: Plugin) -> None:
     with pytest.raises(UnsupportedRouting, match="num_fused_shared_experts=1"):
         _layer(num_fused_shared_experts=1)
+
+
+def test_another_dispatcher_is_an_error_at_construction(typed: Plugin) -> None:
+    from sglang.srt.layers.moe import utils
+
+    with (
+        mock.patch.object(utils, "get_moe_a2a_backend", return_value=utils.MoeA2ABackend.DEEPEP),
+        pytest.raises(UnsupportedRouting, match="--moe-a2a-backend is deepep"),
+    ):
+        _layer()
+
+
+def test_a_layer_that_no_kernel_serves_is_an_error_when_its_weights_are_loaded(
+    typed: Plugin,
+) -> None:
+    """As on a GPU without FlashInfer's kernels, where the reference is not taken by itself."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    layer = _layer()
+    TopK(TOP_K, layer_id=0).bind_runner_backend(layer.runner_backend)
+    refused = UnsupportedRouting("no kernel serves this layer")
+    with (
+        mock.patch("typed_moe.sglang._backend.decide", side_effect=refused),
+        pytest.raises(UnsupportedRouting, match="no kernel serves"),
+    ):
+        _method(layer).process_weights_after_loading(layer)
 
 
 def test_no_tokens(typed: Plugin) -> None:

@@ -123,6 +123,11 @@ def _check(layer: LayerLike, method: MethodLike, arguments: dict[str, object]) -
         raise UnsupportedRouting(
             f"{NAME} runs FP8 with block scales; {arguments.get('prefix')} has one scale per tensor"
         )
+    moved = importlib.import_module("sglang.srt.layers.moe.utils").get_moe_a2a_backend()
+    if not moved.is_none():
+        raise UnsupportedRouting(
+            f"{NAME} takes what SGLang's standard dispatcher gives; --moe-a2a-backend is {moved.value}"
+        )
     for setting in ("no_combine", "num_fused_shared_experts"):
         if arguments.get(setting):
             raise UnsupportedRouting(
@@ -167,9 +172,21 @@ def _create_moe_runner(method: MethodLike, layer: LayerLike, config: RunnerConfi
 
 
 def _keep_weights(method: MethodLike, layer: LayerLike) -> None:
-    """As the checkpoint has them: our kernels lay them out themselves."""
-    del method
-    _states[layer].made.clear()
+    """As the checkpoint has them: our kernels lay them out themselves. And one to run them is there.
+
+    Raises:
+        UnsupportedRouting: no kernel serves the layer.
+    """
+    state, config = _states[layer], method.moe_runner_config
+    state.made.clear()
+    if state.topk is None:
+        return
+    topk = state.topk.topk_config
+    left_to_us = topk.output_format == _formats().BYPASSED
+    strategy = _strategy(config, layer, given=not left_to_us)
+    request = _request(config, layer, layer.w13_weight.new_empty(0, layer.hidden_size), topk.top_k)
+    request = attrs.evolve(request, dtype=layer.params_dtype)
+    decide(request, strategy, form=None if left_to_us else RoutingForm.PRECOMPUTED)
 
 
 def _backend_of(method: MethodLike, layer: LayerLike) -> object:
@@ -201,13 +218,22 @@ def bind(topk: TopKLike, backend: object) -> None:
         )
     if isinstance(translated, RoutedOutside) and state.injected is None:
         return
-    formats = importlib.import_module("sglang.srt.layers.moe.topk").TopKOutputFormat
+    formats = _formats()
     config = topk.topk_config
     # A backend without a name of SGLang's is given routed ids; ours routes by itself.
     if config.output_format == formats.STANDARD or config.output_format is None:
         config.output_format = formats.BYPASSED
         # Off CUDA a TopK routes whatever its format says; this is the one that reads it.
         topk._forward_method = topk.forward_cuda  # noqa: SLF001
+
+
+class _Formats(Protocol):
+    STANDARD: object
+    BYPASSED: object
+
+
+def _formats() -> _Formats:
+    return cast("_Formats", importlib.import_module("sglang.srt.layers.moe.topk").TopKOutputFormat)
 
 
 def _contradict(injected: RoutingStrategy | None, settings: TopKSettings) -> bool:
@@ -305,27 +331,34 @@ def _make(
     config: RunnerConfigLike, layer: LayerLike, hidden_states: Tensor, top_k: int, *, given: bool
 ) -> tuple[Decision, MoeRunner]:
     strategy = _strategy(config, layer, given=given)
+    request = _request(config, layer, hidden_states, top_k)
+    decision = decide(request, strategy, form=RoutingForm.PRECOMPUTED if given else None)
     weights = _weights(layer, interleaved=_interleaved(config))
+    return decision, make_runner(decision, decision.kernel.prepare(weights, request))
+
+
+def _request(
+    config: RunnerConfigLike, layer: LayerLike, hidden_states: Tensor, top_k: int
+) -> KernelRequest:
     placement = Placement(
         tp_size=layer.moe_tp_size,
         tp_rank=layer.moe_tp_rank,
         ep_size=layer.moe_ep_size,
         ep_rank=layer.moe_ep_rank,
     )
-    request = KernelRequest(
+    scale = cast("Tensor | None", getattr(layer, "w13_weight_scale_inv", None))
+    return KernelRequest(
         shape=RoutingShape(num_experts=layer.num_experts, top_k=top_k),
-        quant=Unquantized() if weights.w13_scale is None else _fp8(weights.w13_scale),
+        quant=Unquantized() if scale is None else _fp8(scale),
         activation=_activation(config),
         placement=placement,
         hidden_size=hidden_states.shape[1],
         intermediate_size=layer.intermediate_size_per_partition * placement.tp_size,
         num_fused_shared_experts=0,
-        has_bias=weights.w13_bias is not None,
+        has_bias=getattr(layer, "w13_weight_bias", None) is not None,
         device=hidden_states.device,
         dtype=hidden_states.dtype,
     )
-    decision = decide(request, strategy, form=RoutingForm.PRECOMPUTED if given else None)
-    return decision, make_runner(decision, decision.kernel.prepare(weights, request))
 
 
 def _fp8(scale: Tensor) -> Fp8BlockScale | MxFp8:

@@ -29,8 +29,9 @@ from typed_moe.sglang._assumptions import (
     Unknown,
     every_path,
 )
-from typed_moe.sglang._constructor import SCORING, Constructor, Routing, topk_name
+from typed_moe.sglang._constructor import SCORING, Constructor, Routing
 from typed_moe.sglang._methods import Agreement, Comparison, compare_method
+from typed_moe.sglang._relevance import topk_name
 from typed_moe.sglang._sources import Module, Sources
 from typed_moe.sglang._topk import TopKSettings
 from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of

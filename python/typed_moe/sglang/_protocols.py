@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from typed_moe.sglang._topk import TopKConfigLike
@@ -31,6 +32,8 @@ class LayerLike(Protocol):
     moe_tp_size: int
     moe_tp_rank: int
     supports_deferred_finalize: bool
+    hidden_size: int
+    params_dtype: torch.dtype
     num_local_experts: int
     dispatcher: object
     w13_weight: Tensor
