@@ -15,13 +15,11 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from tests.sglang import stand_ins
+from tests.sglang.prompts import NEW_TOKENS, PROMPTS
 
 stand_ins.install()
 if os.environ.get("TYPED_MOE_TEST_MODEL") == "qwen2_moe":
     stand_ins.install_qwen2_gate()
-
-PROMPTS = [[3, 14, 15, 92, 6], [2, 71, 82, 81]]
-NEW_TOKENS = 6
 
 
 def main(folder: str, backend: str, tp_size: str = "1", ep_size: str = "1") -> None:

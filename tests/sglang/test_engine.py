@@ -13,7 +13,7 @@ import attrs
 import pytest
 import torch
 
-from tests.sglang.engine_run import NEW_TOKENS, PROMPTS
+from tests.sglang.prompts import NEW_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.sglang
 
