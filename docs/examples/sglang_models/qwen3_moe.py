@@ -3,15 +3,14 @@
     SGLANG_EXTERNAL_MODEL_PACKAGE=sglang_models PYTHONPATH=docs/examples \
         python -m sglang.launch_server --model-path Qwen/Qwen3-30B-A3B
 
-Attention, embeddings and the loading of weights are SGLang's; the MoE block is this one. Its TopK
-carries the logits and says nothing about routing, so there is no second description to disagree.
+Attention, embeddings and the loading of weights are SGLang's; the MoE block is this one. It gives the
+layer the router logits: there is no TopK, so no second description of the routing to disagree.
 """
 
 from __future__ import annotations
 
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.models import qwen3_moe
 from sglang.srt.utils import add_prefix
@@ -41,7 +40,6 @@ class TypedMoeBlock(nn.Module):
             quant_config=None,
             prefix=add_prefix("gate", prefix),
         )
-        self.topk = TopK(config.num_experts_per_tok, layer_id=layer_id)
         self.experts = FusedMoE(
             num_experts=config.num_experts,
             top_k=config.num_experts_per_tok,
@@ -52,12 +50,11 @@ class TypedMoeBlock(nn.Module):
             prefix=add_prefix("experts", prefix),
             routing=RenormalizeNaive(),
         )
-        self.topk.bind_runner_backend(self.experts.runner_backend)
 
     def forward(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         """(T, H) to (T, H), this rank's part; SGLang's decoder layer adds up the ranks'."""
         router_logits, _ = self.gate(hidden_states)
-        output: Tensor = self.experts(hidden_states, self.topk(hidden_states, router_logits))
+        output: Tensor = self.experts(hidden_states, router_logits)
         return output
 
 

@@ -3,6 +3,7 @@
 Importing this package imports nothing of SGLang's.
 """
 
+from typed_moe.sglang._backend import plans_of
 from typed_moe.sglang._doctor import (
     FORMATS,
     BlockReport,
@@ -37,6 +38,7 @@ __all__ = [
     "examine",
     "kernel_path",
     "models_folder",
+    "plans_of",
     "plugin",
     "read_topk_config",
     "shape_of",

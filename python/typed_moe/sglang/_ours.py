@@ -27,27 +27,29 @@ from typed_moe.sglang._translate import RoutedOutside, Translation, strategy_of
 
 
 @final
+@attrs.frozen(kw_only=True)
 class RoutedBySglang(RoutingStrategy):
     """A place in a plan for routing that SGLang's TopK has done: its ids and weights are final.
 
-    Args:
+    Attributes:
         weight_on_input: the layer's `apply_router_weight_on_input`.
+        why: what the TopK routes by, and why it is left to it.
     """
 
-    def __init__(self, *, weight_on_input: bool = False) -> None:
-        self._weight_on_input = weight_on_input
-
-    @property
-    @override
-    def apply_router_weight_on_input(self) -> bool:
-        """As the layer says."""
-        return self._weight_on_input
+    weight_on_input: bool = False
+    why: str = ""
 
     @property
     @override
     def name(self) -> str:
         """What plans print."""
         return "RoutedBySglang"
+
+    @property
+    @override
+    def apply_router_weight_on_input(self) -> bool:
+        """As the layer says."""
+        return self.weight_on_input
 
     @override
     def select_experts(

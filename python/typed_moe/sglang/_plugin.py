@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import logging
 import os
 import pkgutil
@@ -22,20 +21,14 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
-from typed_moe.routing import RoutingStrategy
-from typed_moe.sglang._backend import bind, register_backend, take, wanted
+from typed_moe.sglang._backend import around_packed, bind_topk, build_layer, offer_backend
 from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
 from typed_moe.sglang._mode import VARIABLE, Mode, read_mode
 from typed_moe.sglang._observe import Observer
 from typed_moe.sglang._ours import is_bypassed
-from typed_moe.sglang._protocols import (
-    DispatchLike,
-    Function,
-    LayerLike,
-    RunnerConfigLike,
-    TopKLike,
-)
+from typed_moe.sglang._protocols import DispatchLike, Function, RunnerConfigLike, TopKLike
+from typed_moe.sglang._seam import SeamLayerLike
 from typed_moe.sglang._topk import ASIDE, READ, TopKConfigLike, read_topk_config
 from typed_moe.sglang._translate import strategy_of
 
@@ -48,6 +41,7 @@ _MOE = "sglang.srt.layers.moe"
 _LAYER = f"{_MOE}.fused_moe_triton.layer.FusedMoE.__init__"
 _BIND = f"{_MOE}.topk.TopK.bind_runner_backend"
 _TRTLLM = f"{_MOE}.moe_runner.flashinfer_trtllm"
+_PACKED = f"{_MOE}.moe_runner.triton_utils.fused_moe.fused_moe"
 _FP8 = f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_fp8"
 
 Kind = Literal["AROUND", "AFTER"]
@@ -116,6 +110,7 @@ class Plugin:
         self.hooks: tuple[Hook, ...] = (
             Hook(target=_LAYER, kind="AROUND", function=self._around_layer),
             Hook(target=_BIND, kind="AFTER", function=self._after_bind),
+            Hook(target=_PACKED, kind="AROUND", function=around_packed),
             *kernels,
         )
 
@@ -167,21 +162,11 @@ class Plugin:
             )
 
     def _around_layer(
-        self,
-        original: Function,
-        layer: LayerLike,
-        *args: object,
-        routing: RoutingStrategy | None = None,
-        **kwargs: object,
+        self, original: Function, layer: SeamLayerLike, *args: object, **kwargs: object
     ) -> None:
         if not self._checked:
             self.check_hooks()
-        if wanted(routing):
-            names = inspect.signature(original).parameters
-            kwargs = dict(zip(list(names)[1:], args, strict=False)) | kwargs
-            take(layer, routing, kwargs)
-            args = ()
-        original(layer, *args, **kwargs)
+        build_layer(original, layer, args, kwargs)
         if self.mode is Mode.ENFORCE:
             # Our runners give finished sums; the model asks before it takes unfinished ones.
             layer.supports_deferred_finalize = False
@@ -194,9 +179,10 @@ class Plugin:
         *,
         routing_method_type: int | None = None,
     ) -> object:
-        bind(topk, runner_backend)
+        method = _method_name(topk, routing_method_type)
+        self.observer.bound(topk, method)
+        bind_topk(topk, runner_backend, method)
         self._configs.setdefault(topk.topk_config.layer_id, []).append(topk.topk_config)
-        self.observer.bound(topk, _method_name(topk, routing_method_type))
         return result
 
     def _restored(self, dispatch: DispatchLike) -> DispatchLike:
@@ -278,7 +264,7 @@ def plugin() -> None:
     observer = Observer(_served_model, installed_flashinfer)
     _active.append(Plugin(mode, observer, Enforcer(installed_flashinfer)))
     _active[-1].register()
-    register_backend()
+    offer_backend()
     logger.info(
         "typed-moe: %s=%s in SGLang %s: %s the calls to FlashInfer's trtllm fused MoE kernels "
         "(flashinfer_trtllm, flashinfer_trtllm_routed, flashinfer_mxfp4), compares the routing "

@@ -23,6 +23,7 @@ class TopKConfigLike(Protocol):
     scoring_func: str
     output_format: object
     layer_id: int | None
+    runner_backend: object
 
     @property
     def num_shared_topk_slots(self) -> int:
@@ -44,6 +45,7 @@ READ = frozenset(
         "scoring_func",
         "output_format",
         "layer_id",
+        "runner_backend",
     }
 )
 """The fields of `TopKConfig` that are read."""
@@ -53,7 +55,6 @@ ASIDE = frozenset(
         "shared_experts",
         "torch_native",
         "fused_shared_experts_scaling_factor",
-        "runner_backend",
         "routing_method_type",
         "fused_gate_packed_ids",
         "allow_routed_experts_capture",
