@@ -77,3 +77,18 @@ def trtllm(sglang_host: None) -> Iterator[Plugin]:
     with capture.kernels_on_cpu():
         yield plugin
     host.publish()
+
+
+@pytest.fixture
+def typed_moe(sglang_host: None) -> Iterator[Plugin]:
+    """`--moe-runner-backend typed_moe`, and the plugin, loaded as SGLang does it."""
+    from sglang.srt.plugins import load_plugins
+
+    from tests.sglang import host
+
+    load_plugins()
+    plugin = active_plugin()
+    assert plugin is not None, "the entry point is not found: is the package installed here?"
+    host.publish("typed_moe")
+    yield plugin
+    host.publish()
