@@ -195,7 +195,9 @@ class Plugin:
         routing_method_type: int | None = None,
     ) -> object:
         bind(topk, runner_backend)
-        self._configs.setdefault(topk.topk_config.layer_id, []).append(topk.topk_config)
+        known = self._configs.setdefault(topk.topk_config.layer_id, [])
+        if not any(topk.topk_config is one for one in known):  # binding twice is allowed
+            known.append(topk.topk_config)
         self.observer.bound(topk, _method_name(topk, routing_method_type))
         return result
 
