@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import attrs
 import pytest
 import torch
@@ -170,3 +172,33 @@ def test_no_tokens_are_not_the_first_call(trtllm: Plugin) -> None:
     hidden = theirs.arguments["hidden_states"]
     assert isinstance(hidden, torch.Tensor)
     assert hidden.shape[0] == TOKENS
+
+
+def test_a_mistake_of_ours_does_not_end_the_server(
+    trtllm: Plugin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default mode only watches: SGLang's result is handed on, and the log says what failed."""
+    made = SglangBlock(QWEN3)
+    x, logits = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, QWEN3.num_experts)
+    with mock.patch("typed_moe.sglang._observe.differences", side_effect=RuntimeError("ours")):
+        output = made(x, logits)
+    assert tuple(output.shape) == (TOKENS, HIDDEN)
+    assert "could not compare the call of model.layers.0.mlp.experts" in caplog.text
+
+
+def test_settings_that_no_strategy_takes_are_reported(
+    trtllm: Plugin, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More groups kept than there are: SGLang makes the TopK, and says nothing."""
+    SglangBlock(attrs.evolve(DEEPSEEK, groups=2, kept=4, method=None))
+    (finding,) = trtllm.observer.findings.values()
+    assert finding.about == "no strategy"
+    assert "topk_group" in finding.message
+
+
+def test_binding_twice_is_one_topk(trtllm: Plugin) -> None:
+    made = SglangBlock(QWEN3, 51)
+    made.topk.bind_runner_backend(
+        made.experts.runner_backend, routing_method_type=made.experts.routing_method_type
+    )
+    assert len(trtllm._configs[51]) == 1

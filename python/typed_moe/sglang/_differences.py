@@ -83,11 +83,7 @@ def _same(name: str, first: object, second: object) -> bool:
             _same(name, one, other) for one, other in zip(first, second, strict=True)
         )
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return (
-            type(first) is type(second) and first == second
-            if isinstance(first, bool)
-            else first == second
-        )
+        return first == second
     alike = (first.dtype, first.shape) == (second.dtype, second.shape)
     if name in MADE_PER_CALL:
         return alike and first.stride() == second.stride()

@@ -63,10 +63,15 @@ class Observer:
         self.findings: dict[tuple[str, str, str], Finding] = {}
         self.compared: list[tuple[Call, tuple[Difference, ...]]] = []
 
-    def bound(self, topk: TopKLike, method: str | None) -> Translation:
+    def bound(self, topk: TopKLike, method: str | None) -> None:
         """A TopK and the number of its experts' routing method, at construction."""
         settings = read_topk_config(topk.topk_config)
-        translation = strategy_of(settings, method)
+        try:
+            translation = strategy_of(settings, method)
+        except (TypeError, ValueError) as error:
+            # SGLang may still serve it; where the calls are ours this is raised at the first.
+            self._report("no strategy", str(error), f"{error} ({settings})", logging.WARNING)
+            return
         comparison = compare_method(method, translation)
         if comparison.agreement is Agreement.CONFLICT:
             self._report(
@@ -76,7 +81,6 @@ class Observer:
                 f"({settings})",
                 logging.WARNING,
             )
-        return translation
 
     def wants(self, config: RunnerConfigLike, dispatch: DispatchLike) -> bool:
         """Whether this call is the first of its layer, and one that may be looked at.
@@ -103,13 +107,17 @@ class Observer:
         """Make SGLang's call, and build ours beside it. Returns SGLang's result."""
         assert config.layer is not None, "wants() has looked"
         self._seen.add(config.layer)
-        library = self._library()
+        # The default mode only watches: a mistake in here must not end a server that runs.
+        try:
+            library = self._library()  # imports FlashInfer's functions, which are watched
+        except Exception:
+            logger.exception("typed-moe could not look at FlashInfer")
+            return call()
         with watch() as calls:
             result = call()
         try:
             self._compare(read, config, dispatch, calls, library)
         except Exception:
-            # The default mode only watches: a mistake in here must not end a server that runs.
             logger.exception("typed-moe could not compare the call of %s", config.layer.layer_name)
         return result
 

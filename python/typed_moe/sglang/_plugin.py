@@ -182,7 +182,9 @@ class Plugin:
         method = _method_name(topk, routing_method_type)
         self.observer.bound(topk, method)
         bind_topk(topk, runner_backend, method)
-        self._configs.setdefault(topk.topk_config.layer_id, []).append(topk.topk_config)
+        known = self._configs.setdefault(topk.topk_config.layer_id, [])
+        if not any(topk.topk_config is one for one in known):  # binding twice is allowed
+            known.append(topk.topk_config)
         return result
 
     def _restored(self, dispatch: DispatchLike) -> DispatchLike:
