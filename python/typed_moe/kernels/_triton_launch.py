@@ -5,6 +5,7 @@ Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, final
 
 import attrs
@@ -89,6 +90,17 @@ def route(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
     """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for."""
+    with _on(logits.device):
+        return _route_rows(settings, logits, bias, sort, tile)
+
+
+def _route_rows(
+    settings: RouteSettings,
+    logits: Tensor,
+    bias: Tensor | None,
+    sort: SortRequest | None,
+    tile: Tile | None,
+) -> tuple[Tensor, Tensor, SortedSlots | None]:
     tokens, top_k = logits.shape[0], settings.top_k
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
@@ -118,6 +130,16 @@ def route(
 
 def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
     """The sorted slots of ids (T, k) that another routing gave, -1 left out."""
+    with _on(ids.device):
+        return _sort_ids(ids, sort)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     num_slots = ids.numel()
     if num_slots == 0:
         return _no_slots(sort, ids.device)
