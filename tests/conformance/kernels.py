@@ -74,8 +74,12 @@ def load(library: Path) -> Kernel:
     FlashInfer's Python runs as it is, but for two things: its module is the file given, in place
     of a build for Blackwell, and its check of the compute capability is skipped.
     """
+    return over(importlib.import_module("tvm_ffi").load_module(str(library)))
+
+
+def over(built: object) -> Kernel:
+    """The same over a library that is loaded already, or over what stands in front of one."""
     routing = importlib.import_module("flashinfer.fused_moe.trtllm_gen_routing")
-    built = importlib.import_module("tvm_ffi").load_module(str(library))
     _replace_module(routing, built)
     route = cast("_Routing", routing.trtllm_gen_routing)
     methods = cast("type[IntEnum]", routing.RoutingMethodType)

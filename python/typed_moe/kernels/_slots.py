@@ -46,9 +46,9 @@ class SortedSlots:
     """Slot t * k + j is token t's j-th expert; those of one expert lie side by side, in order.
 
     L local experts, B blocks. Expert e (counted from the rank's first) has `counts[e]` slots at
-    `slots[offsets[e]]` and behind it; the places up to `offsets[e + 1]` and all behind the last
-    expert hold T * k, which is no slot. Slots of other ranks' experts, and of ids of -1, are in no
-    place.
+    `slots[offsets[e]]` and behind it; the places up to `offsets[e + 1]` hold T * k, which is no
+    slot. What lies behind the last expert is not written. Slots of other ranks' experts, and of ids
+    of -1, are in no place.
 
     Attributes:
         slots: (B * block_size,) int32.

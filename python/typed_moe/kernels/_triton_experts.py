@@ -310,8 +310,8 @@ def second_kernel(
 ) -> None:
     """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
 
-    FP8 "native": an intermediate that is not QUANTIZED yet is quantised as it is read, which costs
-    little beside the weights where blocks are small. FP8 "bits": it stays bfloat16.
+    FP8 "native": an intermediate that is not QUANTIZED yet is quantised as it is read. FP8 "bits":
+    it stays bfloat16.
     """
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block).to(tl.int64)

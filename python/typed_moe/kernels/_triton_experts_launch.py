@@ -19,7 +19,7 @@ from typed_moe.kernels._triton_experts import (
     quantize_kernel,
     second_kernel,
 )
-from typed_moe.kernels._triton_launch import INTERPRETED
+from typed_moe.kernels._triton_launch import INTERPRETED, on_device
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
@@ -27,7 +27,8 @@ _GROUP = 128
 
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
     """(T * k, H) bfloat16: each slot's expert's output; rows of no local expert are not written."""
-    return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
+    with on_device(operands.hidden.device):
+        return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
 
 
 def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
@@ -38,20 +39,21 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
         output = torch.empty((tokens, width), dtype=torch.bfloat16, device=rows.device)
     block = 256 if tokens < 128 else min(1024, power_of_two(width))
     local = slots.sorted
-    combine_kernel[(tokens, triton.cdiv(width, block))](
-        rows,
-        slots.ids,
-        slots.weights,
-        output,
-        local.first_local,
-        local.counts.shape[0],
-        H=width,
-        SLOTS=count,
-        WEIGHTED=not slots.on_input,
-        BLOCK=block,
-        DEVICE=not INTERPRETED,
-        num_warps=4 if block > 256 else 2,
-    )
+    with on_device(rows.device):
+        combine_kernel[(tokens, triton.cdiv(width, block))](
+            rows,
+            slots.ids,
+            slots.weights,
+            output,
+            local.first_local,
+            local.counts.shape[0],
+            H=width,
+            SLOTS=count,
+            WEIGHTED=not slots.on_input,
+            BLOCK=block,
+            DEVICE=not INTERPRETED,
+            num_warps=4 if block > 256 else 2,
+        )
     return output
 
 
@@ -64,16 +66,17 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     if tokens == 0:
         return data, scale
     together = 8
-    quantize_kernel[(tokens, triton.cdiv(groups, together))](
-        x,
-        data,
-        scale,
-        x.stride(0),
-        H=width,
-        GROUPS=together,
-        DEVICE=not INTERPRETED,
-        num_warps=4,
-    )
+    with on_device(x.device):
+        quantize_kernel[(tokens, triton.cdiv(groups, together))](
+            x,
+            data,
+            scale,
+            x.stride(0),
+            H=width,
+            GROUPS=together,
+            DEVICE=not INTERPRETED,
+            num_warps=4,
+        )
     return data, scale
 
 

@@ -5,6 +5,7 @@ Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, final
 
 import attrs
@@ -21,6 +22,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton runs its kernels in NumPy on the CPU, for tests (TRITON_INTERPRET=1)."""
 
 _LANES = 32
+_COUNTS_PER_WARP = 1024
+"""Bytes of chunk counts that a warp of the second launch loads before it adds them up: 32 a lane."""
+_WHOLE_SLOTS = 128
+"""Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
 
 
 @final
@@ -33,6 +38,7 @@ class Tile:
         width: lanes that share a row (W of the kernel).
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
+        whole_warps: of that program, at most.
         overlap: 1 for programmatic dependent launch: the second launch starts while the first one runs,
             and waits before it reads. Compute capability 9.0 and above.
         place_warps: of a program of the second launch.
@@ -43,8 +49,9 @@ class Tile:
     width: int = _LANES
     warps: int
     whole: int = 8
+    whole_warps: int = 16
     overlap: int = 0
-    place_warps: int = 8
+    place_warps: int = 16
     place_programs: int = 128
 
 
@@ -61,11 +68,17 @@ class Call:
 
 
 def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
-    """Rows and warps for a call."""
-    del num_tokens
+    """Rows and warps for a call: few rows per program until every multiprocessor has one.
+
+    Measured on an H100: docs/routing/fused.md.
+    """
+    if INTERPRETED:
+        # A program costs there what its operations are in number, and nothing for their width.
+        return Tile(rows=8, warps=8)
     if settings.places >= 1024:
-        return Tile(rows=4, warps=16, whole=1)
-    rows = 8 if settings.top_k > 16 else 16
+        return Tile(rows=1, warps=4) if num_tokens <= 512 else Tile(rows=4, warps=16)
+    rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 16
+    rows = min(rows, 8) if settings.top_k > 16 else rows
     return Tile(rows=rows, warps=rows)
 
 
@@ -77,6 +90,17 @@ def route(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
     """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for."""
+    with on_device(logits.device):
+        return _route_rows(settings, logits, bias, sort, tile)
+
+
+def _route_rows(
+    settings: RouteSettings,
+    logits: Tensor,
+    bias: Tensor | None,
+    sort: SortRequest | None,
+    tile: Tile | None,
+) -> tuple[Tensor, Tensor, SortedSlots | None]:
     tokens, top_k = logits.shape[0], settings.top_k
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
@@ -87,17 +111,18 @@ def route(
     bias = None if bias is None else bias.contiguous()
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
     tile = tile_of(settings, tokens) if tile is None else tile
+    tile = attrs.evolve(tile, overlap=0) if INTERPRETED else tile
     if sort is None:
         _route(call, tile, "none", None, None)
         return ids, weights, None
     slots = _empty_slots(sort, tokens * top_k, logits.device)
-    if tokens <= tile.whole:
-        rows = power_of_two(tokens)
-        warps = max(1, tile.warps * rows // tile.rows)
+    rows = power_of_two(tokens)
+    if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
+        warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
     chunks = triton.cdiv(tokens, tile.rows)
-    counts = torch.empty((chunks, sort.num_local), dtype=torch.uint8, device=logits.device)
+    counts = _chunk_counts(chunks, sort, logits.device)
     _route(call, tile, "count", slots, counts)
     _place(slots, ids, counts, tile, chunk=tile.rows * top_k)
     return ids, weights, slots
@@ -105,6 +130,16 @@ def route(
 
 def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
     """The sorted slots of ids (T, k) that another routing gave, -1 left out."""
+    with on_device(ids.device):
+        return _sort_ids(ids, sort)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     num_slots = ids.numel()
     if num_slots == 0:
         return _no_slots(sort, ids.device)
@@ -112,7 +147,7 @@ def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
     chunk = 128
     slots = _empty_slots(sort, num_slots, ids.device)
     chunks = triton.cdiv(num_slots, chunk)
-    counts = torch.empty((chunks, sort.num_local), dtype=torch.uint8, device=ids.device)
+    counts = _chunk_counts(chunks, sort, ids.device)
     width = min(64, power_of_two(sort.num_local))
     count_kernel[(chunks, triton.cdiv(sort.num_local, width))](
         ids,
@@ -121,7 +156,7 @@ def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
         sort.first_local,
         sort.num_local,
         CHUNK=chunk,
-        CHUNK_PAD=chunk,
+        L_PAD=counts.shape[1],
         L_TILE=width,
         num_warps=4,
     )
@@ -175,8 +210,9 @@ def _route(
         ROWS=tile.rows,
         W=width,
         SORT=mode,
+        OTHERS=min(32, tile.rows * power_of_two(settings.top_k)),
         BLOCK=1 if whole is None else whole.block_size,
-        BLOCK_TILE=4,
+        L_PAD=1 if slots is None else power_of_two(slots.counts.shape[0]),
         DEVICE=not INTERPRETED,
         PDL=overlap != 0,
         num_warps=tile.warps,
@@ -187,11 +223,10 @@ def _place(
     slots: SortedSlots, ids: Tensor, chunk_counts: Tensor, tile: Tile, *, chunk: int
 ) -> None:
     """The second launch: every slot to its place."""
-    chunks, num_local = chunk_counts.shape
-    local_pad = power_of_two(num_local)
+    chunks, local_pad = chunk_counts.shape
+    num_local = slots.counts.shape[0]
     per_program = power_of_two(triton.cdiv(chunks, tile.place_programs))
     programs = triton.cdiv(chunks, per_program)
-    num_blocks = slots.block_experts.shape[0]
     options = {"launch_pdl": True} if tile.overlap else {}
     place_kernel[(programs,)](
         ids,
@@ -204,20 +239,22 @@ def _place(
         chunks,
         slots.first_local,
         num_local,
-        num_blocks,
-        triton.cdiv(num_blocks, programs),
+        slots.block_experts.shape[0],
         CHUNK=chunk,
         CHUNK_PAD=power_of_two(chunk),
         CHUNKS=per_program,
         OTHERS=min(32, power_of_two(chunk)),
         L_PAD=local_pad,
-        TILE=max(1, min(power_of_two(chunks), 8192 // local_pad)),
+        TILE=max(1, min(power_of_two(chunks), _COUNTS_PER_WARP * tile.place_warps // local_pad)),
         BLOCK=slots.block_size,
-        BLOCK_TILE=4,
         PDL=tile.overlap != 0,
         num_warps=tile.place_warps,
         **options,
     )
+
+
+def _chunk_counts(chunks: int, sort: SortRequest, device: torch.device) -> Tensor:
+    return torch.empty((chunks, power_of_two(sort.num_local)), dtype=torch.uint8, device=device)
 
 
 def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import write_blocks
+from typed_moe.kernels._triton_slots import IN_MEMORY, close_blocks, place_slots
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -146,80 +146,83 @@ def ranking_of(
 @triton.jit
 def take_best(
     key: tl.tensor, expert: tl.tensor, K: tl.constexpr, K_PAD: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor]:
     """The K best of every row, one after the other.
 
-    Returns (ROWS, K_PAD) ids; the keys with `TAKEN` on the chosen ones; and which choice, 0 to
-    K - 1, each of those was.
+    Returns (ROWS, K_PAD) ids, and the keys with `TAKEN` on the chosen ones.
     """
     column = tl.arange(0, K_PAD)[None, :]
     ids = tl.zeros([key.shape[0], K_PAD], tl.int32)
-    choice = tl.zeros(key.shape, tl.int32)
     for step in range(K):
         best = row_max(key)
         chosen = row_min(tl.where(key == best[:, None, None], expert, NO_EXPERT))
         hit = expert == chosen[:, None, None]
         key = tl.where(hit, TAKEN, key)
-        choice = tl.where(hit, step, choice)
         ids = tl.where(column == step, chosen[:, None], ids)
-    return ids, key, choice
+    return ids, key
 
 
 @triton.jit
-def write_slots(
+def sort_rows(
     slots_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
-    mine: tl.tensor,
-    slot: tl.tensor,
+    ids_ptr: tl.tensor,
+    count: tl.tensor,
     local: tl.tensor,
     is_local: tl.tensor,
-    first_block: tl.tensor,
+    num_slots: tl.tensor,
+    first_local: tl.tensor,
     num_local: tl.tensor,
     num_blocks: tl.tensor,
-    filler: tl.tensor,
+    SLOTS: tl.constexpr,
+    OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_TILE: tl.constexpr,
 ) -> None:
     """The sorted slots of all rows, where one program has them all.
 
-    `mine` (ROWS, J, W): 1 where a row chose a local expert, whose slot is in `slot`. `local` and
-    `is_local` (J, W): the experts' local ids.
+    `count`, `local` and `is_local` (J, W): how many rows chose an expert of this rank, the
+    expert's local id, and whether it is one.
     """
-    PLACES: tl.constexpr = mine.shape[1] * mine.shape[2]
-    count = tl.sum(mine, 0)
-    padded = tl.reshape((count + (BLOCK - 1)) // BLOCK * BLOCK, [PLACES])
+    PLACES: tl.constexpr = count.shape[0] * count.shape[1]
+    flat = tl.reshape(count, [PLACES])
+    padded = (flat + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
-    start_tile = tl.reshape(start, count.shape)
-    earlier = tl.cumsum(mine, 0) - mine
-    tl.store(slots_ptr + tl.expand_dims(start_tile, 0) + earlier, slot, mask=mine != 0)
+    used = tl.sum(padded, 0)
     tl.store(counts_ptr + local, count, mask=is_local)
-    tl.store(offsets_ptr + local, start_tile, mask=is_local)
-    tl.store(offsets_ptr + num_local, tl.sum(padded, 0))
-    write_blocks(
+    tl.store(offsets_ptr + local, tl.reshape(start, count.shape), mask=is_local)
+    tl.store(offsets_ptr + num_local, used)
+    # What this program has written, ids among it, it reads again from here on.
+    tl.debug_barrier()
+    nothing = num_slots - num_slots
+    place_slots(
         slots_ptr,
         block_experts_ptr,
-        tl.reshape(count, [PLACES]),
-        start,
-        tl.reshape(is_local, [PLACES]),
-        first_block,
-        num_blocks,
-        num_blocks,
-        filler,
+        ids_ptr,
+        offsets_ptr,
+        counts_ptr,
+        nothing,
+        num_slots,
+        first_local,
+        num_local,
+        SLOTS,
+        SLOTS,
+        OTHERS,
         BLOCK,
-        BLOCK_TILE,
+        IN_MEMORY,
     )
+    close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
 
 # `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
-# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane. So does
-# `bias_offset`, which is 0.
+# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane. The bias
+# is read as if there were one per row, `bias_row_stride` being 0, so that it is dealt out likewise.
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
         "row_stride",
-        "bias_offset",
+        "bias_row_stride",
         "first_local",
         "num_local",
         "num_blocks",
@@ -237,7 +240,7 @@ def route_kernel(
     block_experts_ptr: tl.tensor,
     num_tokens: tl.tensor,
     row_stride: tl.tensor,
-    bias_offset: tl.tensor,
+    bias_row_stride: tl.tensor,
     scale: tl.tensor,
     first_local: tl.tensor,
     num_local: tl.tensor,
@@ -259,8 +262,9 @@ def route_kernel(
     ROWS: tl.constexpr,
     W: tl.constexpr,
     SORT: tl.constexpr,
+    OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_TILE: tl.constexpr,
+    L_PAD: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -294,13 +298,14 @@ def route_kernel(
     x = tl.where(usable[:, None, None], x, 0.0)
     ranking, top, total = ranking_of(x, is_expert, RANK, WEIGH, DEVICE)
     if BIASED:
-        bias = tl.load(bias_ptr + bias_offset + expert, mask=is_expert, other=0.0)
+        bias_start = bias_ptr + rows * bias_row_stride
+        bias = tl.load(bias_start[:, None, None] + expert, mask=is_expert, other=0.0)
         ranking += bias.to(tl.float32)
     key = tl.where(is_expert, key_of(ranking), TAKEN)
     expert = tl.where(is_expert, expert, NO_EXPERT)
     if NUM_GROUPS > 1:
         key = keep_groups(key, expert, NUM_GROUPS, KEPT, TWO_BEST, G)
-    ids, key, choice = take_best(key, expert, K, K_PAD)
+    ids, key = take_best(key, expert, K, K_PAD)
 
     # The chosen logits again, from the cache: to carry them along would be a reduction per choice.
     column = tl.arange(0, K_PAD)[None, :]
@@ -318,23 +323,25 @@ def route_kernel(
         is_local = (local >= 0) & (local < num_local)
         taken = (key == TAKEN) & is_row[:, None, None]
         mine = (taken & tl.expand_dims(is_local, 0)).to(tl.int32)
+        count = tl.sum(mine, 0)
         if SORT == "count":
-            at = chunk_counts_ptr + program.to(tl.int64) * num_local + local
-            tl.store(at, tl.sum(mine, 0).to(tl.uint8), mask=is_local)
+            at = chunk_counts_ptr + program * L_PAD + local
+            tl.store(at, count.to(tl.uint8), mask=is_local)
         else:
-            write_slots(
+            sort_rows(
                 slots_ptr,
                 counts_ptr,
                 offsets_ptr,
                 block_experts_ptr,
-                mine,
-                rows[:, None, None] * K + choice,
+                ids_ptr,
+                count,
                 local,
                 is_local,
-                program,
+                num_tokens * K,
+                first_local,
                 num_local,
                 num_blocks,
-                num_tokens * K,
+                ROWS * K_PAD,
+                OTHERS,
                 BLOCK,
-                BLOCK_TILE,
             )

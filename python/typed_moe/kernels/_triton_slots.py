@@ -4,8 +4,10 @@ A slot is one of a token's k choices: slot t * k + j. Slots of one expert lie si
 order of their numbers, and each expert starts on a multiple of BLOCK.
 
 No atomics: where a slot goes is the number of slots before it, which is counted. A chunk is the
-rows of one program of the first launch; `chunk_counts` (C, L) uint8 holds how many of them chose
-each local expert.
+rows of one program of the first launch; `chunk_counts` (C, L) uint8, L padded to a power of two,
+holds how many of them chose each local expert. What lies between the slots is written from the
+slots' side: an expert's last slot fills the rest of its block, and a slot on a block's first place
+says whose the block is.
 
 Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 """
@@ -16,59 +18,80 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+IN_MEMORY = tl.constexpr(1)
+IN_REGISTERS = tl.constexpr(0)
+_TAIL = tl.constexpr(256)
+
 
 @triton.jit
-def write_blocks(
+def place_slots(
     slots_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
-    count: tl.tensor,
-    start: tl.tensor,
-    is_local: tl.tensor,
-    first_block: tl.tensor,
-    end_block: tl.tensor,
-    num_blocks: tl.tensor,
-    filler: tl.tensor,
+    ids_ptr: tl.tensor,
+    next_place: tl.tensor,
+    end: tl.tensor,
+    first_slot: tl.tensor,
+    num_slots: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    CHUNK: tl.constexpr,
+    CHUNK_PAD: tl.constexpr,
+    OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
+    TABLES: tl.constexpr,
 ) -> None:
-    """Whose each of these blocks is, and `filler` in the places behind an expert's last slot.
+    """CHUNK slots to their places.
 
-    `count`, `start`, `is_local`: (P,), local experts in the order of their ids.
+    `next_place` and `end` are tables over the local experts: where an expert's next slot goes, and
+    one past where its last one does. With TABLES = IN_MEMORY: pointers to where each starts, and to its count.
     """
-    padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
-    used = tl.sum(padded, 0)
-    # `while` and not `range` here and below: a bound is a tensor in the interpreter, and NumPy no
-    # longer makes an index of one.
-    base = first_block
-    while base < end_block:
-        block = base + tl.arange(0, TILE)
-        at = block * BLOCK
-        inside = (block < end_block) & (block < num_blocks)
-        # The experts that end at or before this block, and the last real slot's end of those that
-        # start at or before it: both grow with the expert, so that a sum and a maximum find them.
-        ended = (start + padded)[None, :] <= at[:, None]
-        expert = tl.sum((ended & is_local[None, :]).to(tl.int32), 1)
-        begun = (start[None, :] <= at[:, None]) & (count > 0)[None, :]
-        end = tl.max(tl.where(begun, (start + count)[None, :], 0), 1)
-        owned = at < used
-        tl.store(block_experts_ptr + block, tl.where(owned, expert, -1), mask=inside)
-        end = tl.where(owned, end, 0)
-        position = at[:, None] + tl.arange(0, BLOCK)[None, :]
-        empty = (position >= end[:, None]) & inside[:, None]
-        tl.store(slots_ptr + position, tl.full(position.shape, 0, tl.int32) + filler, mask=empty)
-        base += TILE
+    one = tl.arange(0, CHUNK_PAD)
+    slot = first_slot + one
+    expert = tl.load(ids_ptr + slot, mask=(one < CHUNK) & (slot < num_slots), other=-1)
+    local = expert - first_local
+    placed = (expert >= 0) & (local >= 0) & (local < num_local)
+    rank = tl.zeros([CHUNK_PAD], tl.int32)
+    for near in range(0, CHUNK_PAD, OTHERS):
+        place = near + tl.arange(0, OTHERS)
+        is_other = (place < CHUNK) & (first_slot + place < num_slots)
+        other = tl.load(ids_ptr + first_slot + place, mask=is_other, other=-1)
+        same = (other[None, :] == expert[:, None]) & (place[None, :] < one[:, None])
+        rank += tl.sum(same.to(tl.int32), 1)
+    entry = tl.where(placed, local, 0)
+    if TABLES == IN_MEMORY:
+        start = tl.load(next_place + entry)
+        position = start + rank
+        end_place = start + tl.load(end + entry)
+    else:
+        position = tl.gather(next_place, entry, 0) + rank
+        end_place = tl.gather(end, entry, 0)
+    tl.store(slots_ptr + position, slot, mask=placed)
+    opens = placed & (position % BLOCK == 0)
+    tl.store(block_experts_ptr + position // BLOCK, local, mask=opens)
+    last = placed & (position + 1 == end_place)
+    rest = position[:, None] + 1 + tl.arange(0, BLOCK)[None, :]
+    block_end = (position // BLOCK + 1) * BLOCK
+    filler = tl.full([CHUNK_PAD, BLOCK], 0, tl.int32) + num_slots
+    tl.store(slots_ptr + rest, filler, mask=last[:, None] & (rest < block_end[:, None]))
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_slots",
-        "num_chunks",
-        "first_local",
-        "num_local",
-        "num_blocks",
-        "blocks_per_program",
-    ]
-)
+@triton.jit
+def close_blocks(
+    block_experts_ptr: tl.tensor,
+    used_blocks: tl.tensor,
+    num_blocks: tl.tensor,
+    program: tl.tensor,
+    num_programs: tl.tensor,
+) -> None:
+    """-1 for the blocks behind the last expert, shared out over the programs."""
+    first = used_blocks + program * _TAIL
+    while first < num_blocks:
+        block = first + tl.arange(0, _TAIL)
+        tl.store(block_experts_ptr + block, tl.full([_TAIL], -1, tl.int32), mask=block < num_blocks)
+        first += num_programs * _TAIL
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_chunks", "first_local", "num_local", "num_blocks"])
 def place_kernel(
     ids_ptr: tl.tensor,
     chunk_counts_ptr: tl.tensor,
@@ -81,7 +104,6 @@ def place_kernel(
     first_local: tl.tensor,
     num_local: tl.tensor,
     num_blocks: tl.tensor,
-    blocks_per_program: tl.tensor,
     CHUNK: tl.constexpr,
     CHUNK_PAD: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -89,7 +111,6 @@ def place_kernel(
     L_PAD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_TILE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """CHUNKS chunks of CHUNK slots: each slot to its place. Program 0 writes counts and offsets."""
@@ -99,60 +120,50 @@ def place_kernel(
     is_local = local < num_local
     if PDL:
         gdc_wait()
-    count = tl.zeros([L_PAD], tl.int32)
-    before = tl.zeros([L_PAD], tl.int32)
+    # Summed place by place, over the tile's rows once at the end. Columns behind the last local
+    # expert hold anything; they are left out then.
+    all_chunks = tl.zeros([TILE, L_PAD], tl.int32)
+    earlier = tl.zeros([TILE, L_PAD], tl.int32)
     left = num_chunks
     while left > 0:
         chunk = left - 1 - tl.arange(0, TILE)
-        at = chunk_counts_ptr + chunk.to(tl.int64)[:, None] * num_local + local[None, :]
-        mask = (chunk >= 0)[:, None] & is_local[None, :]
-        some = tl.load(at, mask=mask, other=0).to(tl.int32)
-        count += tl.sum(some, 0)
-        before += tl.sum(tl.where((chunk < first_chunk)[:, None], some, 0), 0)
+        at = chunk_counts_ptr + chunk[:, None] * L_PAD + local[None, :]
+        some = tl.load(at, mask=(chunk >= 0)[:, None], other=0).to(tl.int32)
+        all_chunks += some
+        earlier += tl.where((chunk < first_chunk)[:, None], some, 0)
         left -= TILE
+    count = tl.where(is_local, tl.sum(all_chunks, 0), 0)
     padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
+    used = tl.sum(padded, 0)
     if program == 0:
         tl.store(counts_ptr + local, count, mask=is_local)
         tl.store(offsets_ptr + local, start, mask=is_local)
-        tl.store(offsets_ptr + num_local, tl.sum(padded, 0))
+        tl.store(offsets_ptr + num_local, used)
 
-    next_place = start + before
-    one = tl.arange(0, CHUNK_PAD)
+    next_place = start + tl.sum(earlier, 0)
     for step in range(CHUNKS):
-        first_slot = (first_chunk + step) * CHUNK
-        slot = first_slot + one
-        is_slot = (one < CHUNK) & (slot < num_slots)
-        mine = tl.load(ids_ptr + slot, mask=is_slot, other=-1) - first_local
-        placed = is_slot & (mine >= 0) & (mine < num_local)
-        mine = tl.where(placed, mine, 0)
-        rank = tl.zeros([CHUNK_PAD], tl.int32)
-        for near in range(0, CHUNK_PAD, OTHERS):
-            place = near + tl.arange(0, OTHERS)
-            is_other = (place < CHUNK) & (first_slot + place < num_slots)
-            other = tl.load(ids_ptr + first_slot + place, mask=is_other, other=-1) - first_local
-            same = (other[None, :] == mine[:, None]) & (place[None, :] < one[:, None])
-            rank += tl.sum(same.to(tl.int32), 1)
-        tl.store(slots_ptr + tl.gather(next_place, mine, 0) + rank, slot, mask=placed)
+        place_slots(
+            slots_ptr,
+            block_experts_ptr,
+            ids_ptr,
+            next_place,
+            start + count,
+            (first_chunk + step) * CHUNK,
+            num_slots,
+            first_local,
+            num_local,
+            CHUNK,
+            CHUNK_PAD,
+            OTHERS,
+            BLOCK,
+            IN_REGISTERS,
+        )
         if CHUNKS > 1:
-            chunk_at = chunk_counts_ptr + (first_chunk + step).to(tl.int64) * num_local + local
+            at_chunk = chunk_counts_ptr + (first_chunk + step) * L_PAD + local
             here = is_local & (first_chunk + step < num_chunks)
-            next_place += tl.load(chunk_at, mask=here, other=0).to(tl.int32)
-
-    first_block = program * blocks_per_program
-    write_blocks(
-        slots_ptr,
-        block_experts_ptr,
-        count,
-        start,
-        is_local,
-        first_block,
-        tl.minimum(first_block + blocks_per_program, num_blocks),
-        num_blocks,
-        num_slots,
-        BLOCK,
-        BLOCK_TILE,
-    )
+            next_place += tl.load(at_chunk, mask=here, other=0).to(tl.int32)
+    close_blocks(block_experts_ptr, used // BLOCK, num_blocks, program, tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=["num_slots", "first_local", "num_local"])
@@ -163,16 +174,15 @@ def count_kernel(
     first_local: tl.tensor,
     num_local: tl.tensor,
     CHUNK: tl.constexpr,
-    CHUNK_PAD: tl.constexpr,
+    L_PAD: tl.constexpr,
     L_TILE: tl.constexpr,
 ) -> None:
     """One chunk's slots per local expert, for ids that another routing gave. -1 counts nowhere."""
     program = tl.program_id(0)
-    one = tl.arange(0, CHUNK_PAD)
-    slot = program * CHUNK + one
-    mine = tl.load(ids_ptr + slot, mask=(one < CHUNK) & (slot < num_slots), other=-1)
+    slot = program * CHUNK + tl.arange(0, CHUNK)
+    expert = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1)
     local = tl.program_id(1) * L_TILE + tl.arange(0, L_TILE)
     # An id of -1, and of another rank, is no local expert's number plus the first one's.
-    count = tl.sum((mine[:, None] == (local + first_local)[None, :]).to(tl.int32), 0)
-    at = chunk_counts_ptr + program.to(tl.int64) * num_local + local
+    count = tl.sum((expert[:, None] == (local + first_local)[None, :]).to(tl.int32), 0)
+    at = chunk_counts_ptr + program * L_PAD + local
     tl.store(at, count.to(tl.uint8), mask=local < num_local)

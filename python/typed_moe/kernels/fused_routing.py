@@ -113,7 +113,7 @@ class FusedRouting:
     ) -> tuple[Routed, SortedSlots]:
         """The same, with the slots of the local experts sorted: one launch for few rows, else two.
 
-        Bit for bit the same from run to run: no atomics.
+        Bit for bit the same from run to run: no atomics. Not for code under torch.compile.
 
         Raises:
             ValueError, TypeError: as above; or T * k is above 2**30.
@@ -196,7 +196,7 @@ def fused_route(
 
 
 def sort_slots(topk_ids: Tensor, request: SortRequest) -> SortedSlots:
-    """The sorted slots of ids that any routing gave: two launches.
+    """The sorted slots of ids that any routing gave: two launches. Not under torch.compile.
 
     Args:
         topk_ids: (T, k) integers, global expert ids; -1 marks a slot that is skipped.

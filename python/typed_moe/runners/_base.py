@@ -49,11 +49,19 @@ class MoeRunner(Protocol):
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
-        """(T, H) in the dtype of `hidden_states`; a partial sum if the rank is one of several."""
+        """(T, H) in the dtype of `hidden_states`; a partial sum if the rank is one of several.
+
+        Args:
+            hidden_states: (T, H).
+            router_logits: (T, E); or what a host's dispatcher has routed already, for a plan in
+                the precomputed form.
+            e_score_correction_bias: (E,), or None.
+            buffers: tensors of the caller's to write to.
+        """
         ...
 
 
@@ -76,12 +84,19 @@ class CallInputs:
 def route(
     decision: Decision,
     hidden_states: Tensor,
-    router_logits: Tensor,
+    router_logits: Tensor | Routed,
     e_score_correction_bias: Tensor | None,
     buffers: CallBuffers,
 ) -> CallInputs:
-    """The routing half of a call, in the form that the plan decided."""
+    """The routing half of a call, in the form that the plan decided; or as the host has routed."""
     plan = decision.plan
+    if isinstance(router_logits, Routed):
+        if plan.in_kernel is not None:
+            raise ValueError(
+                f"{plan.entry_point} routes by itself and was given ids and weights; make the plan "
+                "with routing_form=RoutingForm.PRECOMPUTED"
+            )
+        return _given(decision, router_logits, hidden_states, buffers)
     check_inputs(
         plan.strategy.name,
         router_logits,
@@ -111,9 +126,7 @@ def route(
         )
         return CallInputs(routing=routing, hidden_states=hidden_states, copies=1)
     routed = _routed(decision, router_logits, e_score_correction_bias)
-    if buffers.routing_replay_out is not None:
-        buffers.routing_replay_out[: router_logits.shape[0]].copy_(routed.topk_ids)
-    return _precomputed(decision, routed, hidden_states)
+    return _given(decision, routed, hidden_states, buffers)
 
 
 def _routed(
@@ -123,13 +136,20 @@ def _routed(
     if decision.routing is not None:
         return decision.routing(router_logits, e_score_correction_bias)
     plan = decision.plan
-    routed = plan.strategy.select_experts(
+    return plan.strategy.select_experts(
         router_logits, e_score_correction_bias, shape=plan.request.shape
     )
-    check_routed(
-        plan.strategy.name, routed, num_tokens=router_logits.shape[0], shape=plan.request.shape
-    )
-    return routed
+
+
+def _given(
+    decision: Decision, routed: Routed, hidden_states: Tensor, buffers: CallBuffers
+) -> CallInputs:
+    """Ids and weights, the strategy's or a host's, looked at and written where asked for."""
+    plan, num_tokens = decision.plan, hidden_states.shape[0]
+    check_routed(plan.strategy.name, routed, num_tokens=num_tokens, shape=plan.request.shape)
+    if buffers.routing_replay_out is not None:
+        buffers.routing_replay_out[:num_tokens].copy_(routed.topk_ids)
+    return _precomputed(decision, routed, hidden_states)
 
 
 def _precomputed(decision: Decision, routed: Routed, hidden_states: Tensor) -> CallInputs:

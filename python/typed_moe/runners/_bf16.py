@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from typed_moe.kernels import Bf16MoeArgs, ExpertWeights
+from typed_moe.routing import Routed
 from typed_moe.runners._base import CallBuffers, expert_args, in_dtype, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
@@ -28,7 +29,7 @@ class Bf16Runner(KernelRunner):
     def _record(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers,
     ) -> tuple[Bf16MoeArgs, int]:

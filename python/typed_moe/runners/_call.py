@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal, Protocol, assert_never, cast, final, get_args
+from typing import Literal, Protocol, assert_never, cast, final
 from weakref import WeakValueDictionary
 
 import torch
@@ -34,6 +34,7 @@ from typed_moe.kernels import (
     Unfinalized,
     UnfinalizedKernel,
 )
+from typed_moe.kernels.flashinfer_facts import family_of
 from typed_moe.routing import InKernel, Refused, as_global_ids
 from typed_moe.runners._base import in_dtype
 from typed_moe.runners._planning import Decision
@@ -109,6 +110,10 @@ class KernelCall:
         self._unfinalized = kernel if isinstance(kernel, UnfinalizedKernel) else None
         self._handle = next(_handles)
         _calls[self._handle] = self
+        family = family_of(decision.plan.request.quant) or "bf16"
+        if family not in _operators:
+            _operators[family] = _operator(family)
+            _unfinalized_operators[family] = _unfinalized_operator(family)
 
     def __call__(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
         """(T, H) in `dtype`, the `copies` rows of one token added up."""
@@ -156,7 +161,7 @@ class KernelCall:
         return in_dtype(output, dtype)
 
     def _traced(self, args: MoeArgs, copies: int, dtype: torch.dtype) -> Tensor:
-        return _OPERATORS[args.family](
+        return _operators[args.family](
             *_operands(args), self._handle, self._hidden_size, copies, dtype
         )
 
@@ -164,7 +169,7 @@ class KernelCall:
         rules, experts = self._rules, self._experts
         if isinstance(rules, Refused):
             raise UnsupportedRouting(rules.reason)
-        rows, weights, index = _UNFINALIZED[args.family](
+        rows, weights, index = _unfinalized_operators[args.family](
             *_operands(args),
             self._handle,
             self._hidden_size,
@@ -366,9 +371,6 @@ def _define(
     return getattr(torch.ops.typed_moe, name).default
 
 
-_OPERATORS: Mapping[Family, _Operator] = MappingProxyType(
-    {family: _operator(family) for family in get_args(Family)}
-)
-_UNFINALIZED: Mapping[Family, _UnfinalizedOperator] = MappingProxyType(
-    {family: _unfinalized_operator(family) for family in get_args(Family)}
-)
+_operators: dict[Family, _Operator] = {}
+"""Of the families that a runner was made for: registering one takes 20 ms."""
+_unfinalized_operators: dict[Family, _UnfinalizedOperator] = {}

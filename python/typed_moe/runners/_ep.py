@@ -7,6 +7,7 @@ from typing import Protocol, final
 from torch import Tensor
 
 from typed_moe.config import Placement
+from typed_moe.routing import Routed
 from typed_moe.runners._base import NO_BUFFERS, CallBuffers, MoeRunner
 
 
@@ -84,7 +85,7 @@ class EpMoeRunner:
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
@@ -92,7 +93,13 @@ class EpMoeRunner:
 
         Raises:
             ValueError: buffers are given: what a rank computes is not its own tokens' result.
+            TypeError: the tokens are routed already; what travels are their logits.
         """
+        if isinstance(router_logits, Routed):
+            raise TypeError(
+                "the tokens are routed already, and this exchange sends logits; give ids and "
+                "weights to a layer without an exchange, whose partial sums the host adds"
+            )
         if buffers is not NO_BUFFERS:
             raise ValueError(
                 "output and routing_replay_out are of this rank's kernel, and with an exchange "

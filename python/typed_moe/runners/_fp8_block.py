@@ -11,6 +11,7 @@ from typing_extensions import override
 from typed_moe.config import Fp8BlockScale
 from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs, QuantizingKernel
 from typed_moe.quantization import Quantized, quantize_activation
+from typed_moe.routing import Routed
 from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
@@ -37,7 +38,7 @@ class Fp8BlockRunner(KernelRunner):
     def _record(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers,
     ) -> tuple[Fp8BlockMoeArgs, int]:

@@ -10,6 +10,7 @@ from typing_extensions import override
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
 from typed_moe.quantization import quantize_activation
+from typed_moe.routing import Routed
 from typed_moe.runners._base import (
     CallBuffers,
     expert_args,
@@ -46,7 +47,7 @@ class Fp8PerTensorRunner(KernelRunner):
     def _record(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers,
     ) -> tuple[Fp8PerTensorMoeArgs, int]:

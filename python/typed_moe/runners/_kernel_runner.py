@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from typed_moe.kernels import MoeArgs, Unfinalized
+from typed_moe.routing import Routed
 from typed_moe.runners._base import NO_BUFFERS, CallBuffers
 from typed_moe.runners._call import KernelCall
 
@@ -19,7 +20,7 @@ class KernelRunner(ABC):
     def __call__(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Tensor:
@@ -30,7 +31,7 @@ class KernelRunner(ABC):
     def unfinalized(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers = NO_BUFFERS,
     ) -> Unfinalized:
@@ -47,7 +48,7 @@ class KernelRunner(ABC):
     def _record(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers,
     ) -> tuple[MoeArgs, int]:

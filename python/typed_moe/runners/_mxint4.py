@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from typed_moe.kernels import ExpertWeights, MxInt4MoeArgs
+from typed_moe.routing import Routed
 from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
@@ -31,7 +32,7 @@ class MxInt4Runner(KernelRunner):
     def _record(
         self,
         hidden_states: Tensor,
-        router_logits: Tensor,
+        router_logits: Tensor | Routed,
         e_score_correction_bias: Tensor | None,
         buffers: CallBuffers,
     ) -> tuple[MxInt4MoeArgs, int]:
