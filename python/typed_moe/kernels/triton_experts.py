@@ -1,7 +1,7 @@
 """The experts in Triton, for CUDA cards from compute capability 8.0 on.
 
-Five launches for a layer from logits (routing and sorting in one or two, the first product with its
-activation, the second, the weighted sum), without a host synchronisation and without atomics. Triton
+Four or five launches for a layer from logits (routing and sorting in one or two, the first product with
+its activation, the second, the weighted sum), without a host synchronisation and without atomics. Triton
 is imported at the first call, not before.
 
 Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per token.
