@@ -45,7 +45,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 # The checks are told in order, also under `make -j`.
 .NOTPARALLEL:
-.PHONY: help run test test-fast test-sglang fmt format-check lint imports types verifytypes stubtest \
+.PHONY: help run test test-fast test-triton test-sglang fmt format-check lint imports types verifytypes stubtest \
     pytest clean
 
 help:  ## these lines
@@ -54,9 +54,9 @@ help:  ## these lines
 run: $(VENV)/.run  ## run one model's experts, routed and checked, on this machine
 	$(BIN)/typed-moe run qwen3-30b-a3b --quant fp8_block --tokens 64
 
-test: test-fast test-sglang  ## every check, in this order
+test: test-fast test-triton test-sglang  ## every check, in this order
 
-test-fast: format-check lint imports types verifytypes stubtest pytest  ## all but SGLang's tier
+test-fast: format-check lint imports types verifytypes stubtest pytest  ## all but Triton's and SGLang's tiers
 
 fmt: $(VENV)/.test  ## format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -102,6 +102,11 @@ pytest: $(VENV)/.test  ## the tests, typing tests included, with coverage
 # environment leaves no cache in the checkout that the other's would be taken for.
 test-sglang: $(SGLANG_VENV)/.test  ## the tests against the real SGLang, on a machine without a GPU
 	$(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default tests/sglang $(ARGS)
+
+# Triton's interpreter runs the kernels on a CPU. Triton is in SGLang's environment, which needs it.
+test-triton: $(SGLANG_VENV)/.test  ## the Triton kernels in Triton's interpreter
+	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default -q \
+	    --numprocesses $(JOBS) tests/kernels/test_fused_routing.py tests/kernels/test_triton_experts.py
 
 clean:  ## remove the environments and every cache
 	rm -rf $(VENV) $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
