@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+import pickle
 from typing import final
 
 import pytest
@@ -19,6 +21,7 @@ from tests.acceptance.cases import CASES, Case, find, sized
 from tests.acceptance.routes import fused_kernel
 from tests.kernels.slots import expect_sorted
 from typed_moe import (
+    DeepSeekV3,
     Refused,
     Renormalize,
     Routed,
@@ -168,3 +171,14 @@ def test_refusals() -> None:
     request = SortRequest(first_local=0, num_local=8, block_size=8)
     with pytest.raises(ValueError, match="allowed: up to 2"):
         sort_slots(torch.empty(2**28, 8, dtype=torch.int32, device="meta"), request)
+
+
+def test_a_copy_routes_alike() -> None:
+    """Pickled and deepcopied, as layers are."""
+    shape = RoutingShape(num_experts=16, top_k=2)
+    made = fused_routing(DeepSeekV3(), shape=shape, device=torch.device("cpu"))
+    assert isinstance(made, FusedRouting)
+    logits, bias = torch.randn(3, 16), torch.randn(16)
+    for copied in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert copied == made
+        assert torch.equal(copied(logits, bias).topk_ids, made(logits, bias).topk_ids)

@@ -17,6 +17,7 @@ from typing import Protocol, cast, final
 import attrs
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._fused_rules import (
@@ -72,6 +73,16 @@ class FusedRouting:
     bias: BiasRule
     router_logits_dtype: torch.dtype | None
 
+    def __attrs_post_init__(self) -> None:
+        if _NAME not in _operators:
+            _operators[_NAME] = _operator()
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        """Made again, so that a copy in another process has its operator."""
+        fields = (self.name, self.shape, self.settings, self.bias, self.router_logits_dtype)
+        return _made, fields
+
     def __call__(self, router_logits: Tensor, e_score_correction_bias: Tensor | None) -> Routed:
         """The strategy's `select_experts`, in one launch.
 
@@ -92,7 +103,7 @@ class FusedRouting:
         logits, bias = self._checked(router_logits, e_score_correction_bias)
         settings, rule = self.settings, self.settings.rule
         if torch.compiler.is_compiling():
-            ids, weights = _OPERATOR(
+            ids, weights = _operators[_NAME](
                 logits,
                 bias,
                 settings.top_k,
@@ -141,6 +152,22 @@ class FusedRouting:
         if bias is not None and bias.dtype not in _READ:
             bias = bias.float()
         return router_logits, bias
+
+
+def _made(
+    name: str,
+    shape: RoutingShape,
+    settings: RouteSettings,
+    bias: BiasRule,
+    router_logits_dtype: torch.dtype | None,
+) -> FusedRouting:
+    return FusedRouting(
+        name=name,
+        shape=shape,
+        settings=settings,
+        bias=bias,
+        router_logits_dtype=router_logits_dtype,
+    )
 
 
 def fused_routing(
@@ -257,7 +284,7 @@ class _Operator(Protocol):
 
 
 def _operator() -> _Operator:
-    """`typed_moe::fused_route`, with its shapes for tracing."""
+    """`typed_moe::fused_route`, with its shapes for tracing; registering it takes 60 ms."""
 
     def launch(
         logits: Tensor,
@@ -308,11 +335,13 @@ def _operator() -> _Operator:
             logits.new_empty(size, dtype=torch.float32),
         )
 
-    name = "typed_moe::fused_route"
+    name = f"typed_moe::{_NAME}"
     torch.library.define(name, torch.library.infer_schema(launch, mutates_args=()))
     torch.library.impl(name, "CompositeExplicitAutograd", launch)
     torch.library.register_fake(name, shapes)
     return cast("_Operator", torch.ops.typed_moe.fused_route.default)
 
 
-_OPERATOR = _operator()
+_NAME = "fused_route"
+_operators: dict[str, _Operator] = {}
+"""Empty until something is routed by the kernel."""
