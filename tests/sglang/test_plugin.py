@@ -178,7 +178,7 @@ def test_the_start_up_log_and_time() -> None:
 
 
 def _seconds(out: str) -> float:
-    return float(out.split("SECONDS")[1].split()[0])
+    return float(out.split("SECONDS")[1].split(maxsplit=1)[0])
 
 
 @pytest.mark.sglang
