@@ -41,6 +41,8 @@ def unpack_headers(wheel: Path, root: Path) -> Path:
     """Put the wheel's export headers where the sources look for them below ``root``."""
     inner = f"/include/{EXPORT}/"
     target = root / "flashinfer" / "trtllm" / "batched_gemm" / EXPORT
+    if not zipfile.is_zipfile(wheel):
+        raise SystemExit(f"{wheel}: no such file, or no wheel; pip download flashinfer-cubin")
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if "/batched_gemm-" in n and inner in n]
         if not names:

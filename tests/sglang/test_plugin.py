@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import subprocess
 import sys
 from unittest import mock
@@ -169,11 +170,9 @@ def test_the_start_up_log_and_time() -> None:
     assert "HOOKED True" in out
     (line,) = (line for line in log.splitlines() if line.startswith("INFO:typed_moe.sglang:"))
     assert "TYPED_MOE_SGLANG=observe in SGLang 0.5.23" in line
-    # The first start after an installation also reads and compiles; what counts is a start.
-    seconds = _seconds(out)
-    for _ in range(2):
-        if seconds >= 0.5:
-            seconds = _seconds(_start(TYPED_MOE_SGLANG="observe")[0])
+    # The median of three: a single start has taken 0.62 s of CPU time where the others take 0.41.
+    more = (_start(TYPED_MOE_SGLANG="observe")[0] for _ in range(2))
+    seconds = statistics.median(_seconds(one) for one in (out, *more))
     assert seconds < 0.5
 
 
