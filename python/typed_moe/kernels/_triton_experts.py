@@ -296,7 +296,6 @@ def first_kernel(
     else:
         gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
         up_at = gate_at + (HALVES - 1) * I * H
-    x_scale_at = x_scale_ptr + token * x_scale_token
     scale_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
     gate_scale_at = weight_scale_ptr + scale_row * (H // 128)
     up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
@@ -305,7 +304,9 @@ def first_kernel(
     for start in range(0, H, BLOCK_K):
         group = start // 128
         x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
-        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        x_scale = load_scales(
+            x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
+        )
         weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
         up = step(up, x, x_scale, weights, up_scale_at + group, FP8, DEVICE)
         if HALVES == 2:
