@@ -30,6 +30,7 @@ from typed_moe.cli._strategies import (
     strategies_json,
 )
 from typed_moe.cli._verify import read_device, verify
+from typed_moe.cli._verify_kernels import KERNELS
 from typed_moe.cli._verify_report import print_verify, verify_json
 from typed_moe.config import FORMATS
 from typed_moe.sglang import Verdict
@@ -174,18 +175,26 @@ def verify_command(
             "--device", help="cpu, cuda or cuda:N; the GPU where there is one.", show_default=False
         ),
     ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            help=f"Repeatable: {', '.join(KERNELS)}; all that the device has without.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Run every strategy, format, routing form and placement that this machine can, and check each.
 
     Small layers (hidden 256, intermediate 256, 16 experts, 6 tokens), whole and as two tensor- or
     expert-parallel shards in one process, against float64 on the stored weights. On a GPU through
-    its kernels; on a CPU through the reference kernel and, where flashinfer is installed, through
-    FlashInfer's own references. About a minute on two CPU cores.
+    FlashInfer's kernels and the Triton ones; on a CPU through the reference kernel and, where
+    flashinfer is installed, through FlashInfer's own references. About a minute on two CPU cores.
 
     Exit status 1 when anything is beyond its bound, and when nothing could be run.
     """
-    report = verify(read_device(device), Steps())
+    report = verify(read_device(device), Steps(), tuple(kernel or ()))
     if as_json:
         print_json(verify_json(report))
     else:
