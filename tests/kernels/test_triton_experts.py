@@ -63,6 +63,14 @@ GROUPED = ExpertTile(
     second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=3),
 )
 """A first product that quantises a whole group of its columns."""
+DESCRIBED = attrs.evolve(
+    GROUPED,
+    first=attrs.evolve(GROUPED.first, block_n=64, tma=True),
+    second=attrs.evolve(GROUPED.second, tma=True),
+    block_m=32,
+    second_block_m=16,
+)
+"""Both products read their matrices through tensor descriptors, the second one in half blocks."""
 HIDDEN, WIDTH = 40, 24
 
 
@@ -101,6 +109,20 @@ def test_every_activation(name: str) -> None:
     expected = oracle.layer(rule, rounded(experts), x, logits, None, top_k=2, act=act)
 
     assert relative_error(layer(x, logits), expected) < BF16
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_descriptors(kind: oracle.Kind) -> None:
+    """Tiles that reach over the edges of the matrices, of the last expert's among them."""
+    made = record("bf16", oracle.Act(kind=kind))
+    ids, weights = chosen()
+    expected = oracle.moe(made.experts, made.x, ids, weights, made.act)
+    args = made.make(precomputed(ids, weights))
+    gemm = GemmTile(block_n=128, block_k=64, warps=4, stages=2, tma=True)
+    tile = ExpertTile(block_m=16, first=gemm, second=gemm)
+    got = TritonKernel(tile=tile)(args)
+
+    assert relative_error(got, expected) < BF16
 
 
 @FORMS
@@ -170,7 +192,11 @@ def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("fp8", ["native", "bits"])
-@pytest.mark.parametrize("tile", [None, GROUPED], ids=["quantised as read", "as written"])
+@pytest.mark.parametrize(
+    "tile",
+    [None, GROUPED, DESCRIBED],
+    ids=["quantised between", "as written", "between, by descriptor"],
+)
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_blocks(
     fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind

@@ -93,24 +93,50 @@ def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def is_there(
+    row: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """Whether a row is some slot's: by place, or always where BLOCK_M is 0."""
+    if BLOCK_M == 0:
+        return row >= 0
+    else:
+        has_expert = tl.load(block_experts_ptr + row // BLOCK_M) >= 0
+        # What stands in a block without an expert was not written.
+        return tl.load(slots_ptr + row, mask=has_expert, other=num_slots) < num_slots
+
+
+@triton.jit(do_not_specialize=["num_slots"])
 def quantize_kernel(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
     scale_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
     x_stride: tl.tensor,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> None:
-    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales."""
-    token = tl.program_id(0).to(tl.int64)
+    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales.
+
+    BLOCK_M above 0: rows are places in blocks of so many, and those without a slot are left out.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if not is_there(row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
+        return
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = at < H
-    x = tl.load(x_ptr + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
     scale = group_scale(x)
-    tl.store(out_ptr + token * H + at, to_e4m3(x, scale, DEVICE), mask=mask)
-    tl.store(scale_ptr + token * (H // 128) + group, scale, mask=group < H // 128)
+    tl.store(out_ptr + row * H + at, to_e4m3(x, scale, DEVICE), mask=mask)
+    tl.store(scale_ptr + row * (H // 128) + group, scale, mask=group < H // 128)
 
 
 @triton.jit
@@ -139,10 +165,20 @@ def load_rows(
 
 @triton.jit
 def load_weights(
-    at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+    at: tl.tensor,
+    first_row: tl.tensor,
+    start: int,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> tl.tensor:
-    """(BLOCK_K, BLOCK_N) of a matrix whose rows are WIDTH wide, turned."""
-    if WIDTH % BLOCK_K == 0:
+    """(BLOCK_K, BLOCK_N) of a matrix whose rows are WIDTH wide, turned.
+
+    TMA: `at` is a tensor descriptor, and `first_row` the tile's first row in it.
+    """
+    if TMA:
+        return tl.trans(at.load([first_row, start]))  # type: ignore[attr-defined]
+    elif WIDTH % BLOCK_K == 0:
         return tl.load(at + start)
     else:
         inside = tl.arange(0, BLOCK_K) < WIDTH - start
@@ -223,6 +259,7 @@ def first_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> None:
     """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
@@ -240,17 +277,23 @@ def first_kernel(
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
-    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     # Columns behind the last one read it again; they are not written.
     row = tl.minimum(n, I - 1)
     k = tl.arange(0, BLOCK_K)
+    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
-    up_at = gate_at + (HALVES - 1) * I * H
+    gate_row = (expert * (HALVES * I)).to(tl.int32) + column * BLOCK_N
+    up_row = gate_row + (HALVES - 1) * I
+    if TMA:
+        gate_at = weight_ptr
+        up_at = weight_ptr
+    else:
+        gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
+        up_at = gate_at + (HALVES - 1) * I * H
     x_scale_at = x_scale_ptr + token * x_scale_token
-    tile_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
-    gate_scale_at = weight_scale_ptr + tile_row * (H // 128)
+    scale_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
+    gate_scale_at = weight_scale_ptr + scale_row * (H // 128)
     up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -258,10 +301,10 @@ def first_kernel(
         group = start // 128
         x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
         x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
-        weights = load_weights(up_at, start, H, BLOCK_K)
+        weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
         up = step(up, x, x_scale, weights, up_scale_at + group, FP8, DEVICE)
         if HALVES == 2:
-            weights = load_weights(gate_at, start, H, BLOCK_K)
+            weights = load_weights(gate_at, gate_row, start, H, BLOCK_K, TMA)
             gate = step(gate, x, x_scale, weights, gate_scale_at + group, FP8, DEVICE)
     if ON_INPUT:
         weight = tl.load(routing_ptr + slot, mask=used, other=0.0).to(tl.float32)
@@ -271,12 +314,15 @@ def first_kernel(
         bias_at = bias_ptr + expert * (HALVES * I) + row
         up = up + tl.load(bias_at + (HALVES - 1) * I)[None, :]
         gate = gate + tl.load(bias_at)[None, :]
-    alpha = setting(alpha_ptr + expert, 1.0, HAS_ALPHA)
-    beta = setting(beta_ptr + expert, 0.0, HAS_BETA)
-    limit = setting(limit_ptr + expert, float("inf"), HAS_LIMIT)
-    hidden = activate(gate, up, alpha, beta, limit, KIND)
-    out_at = out_ptr + place[:, None] * I + n[None, :]
-    mask = used[:, None] & (n < I)[None, :]
+    hidden = activate(
+        gate,
+        up,
+        setting(alpha_ptr + expert, 1.0, HAS_ALPHA),
+        setting(beta_ptr + expert, 0.0, HAS_BETA),
+        setting(limit_ptr + expert, float("inf"), HAS_LIMIT),
+        KIND,
+    )
+    out_at, mask = out_ptr + place[:, None] * I + n[None, :], used[:, None] & (n < I)[None, :]
     if QUANTIZE:
         scale = group_scale(hidden)
         tl.store(out_at, to_e4m3(hidden, scale, DEVICE), mask=mask)
@@ -301,43 +347,53 @@ def second_kernel(
     I: tl.constexpr,  # noqa: E741 - the field's letter
     HAS_BIAS: tl.constexpr,
     FP8: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> None:
     """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
 
-    FP8 "native": an intermediate that is not QUANTIZED yet is quantised as it is read. FP8 "bits":
-    it stays bfloat16.
+    PARTS blocks here are one of the sorted slots' blocks.
+    SCALED: hidden is float8_e4m3fn with one scale per 128 values. FP8 "bits": it is bfloat16.
     """
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(block_experts_ptr + block).to(tl.int64)
+    expert = tl.load(block_experts_ptr + block // PARTS).to(tl.int64)
     if expert < 0:
         return
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
+    # Slots stand first in their block: a part may have none.
+    if tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
+        return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
     k = tl.arange(0, BLOCK_K)
-    hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
+    if TMA:
+        hidden_at = hidden_ptr
+        weight_at = weight_ptr
+    else:
+        hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
+        weight_at = weight_ptr + expert * (H * I) + row[None, :] * I + k[:, None]
     hidden_scale_at = hidden_scale_ptr + place * (I // 128)
-    weight_at = weight_ptr + expert * (H * I) + row[None, :] * I + k[:, None]
+    weight_row = (expert * H).to(tl.int32) + column * BLOCK_N
     tile_row = expert * (H // 128) + column * BLOCK_N // 128
     weight_scale_at = weight_scale_ptr + tile_row * (I // 128)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, I, BLOCK_K):
         group = start // 128
-        hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
-        scale = load_scales(hidden_scale_at + group, used, QUANTIZED)
-        if FP8 == "native" and not QUANTIZED:
-            exact = hidden.to(tl.float32)
-            scale = group_scale(exact)
-            hidden = to_e4m3(exact, scale, DEVICE)
-        weights = load_weights(weight_at, start, I, BLOCK_K)
+        if TMA:
+            # Rows without a slot hold anything, and are not written.
+            hidden = hidden_at.load([block * BLOCK_M, start])  # type: ignore[attr-defined]
+        else:
+            hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
+        scale = load_scales(hidden_scale_at + group, used, SCALED)
+        weights = load_weights(weight_at, weight_row, start, I, BLOCK_K, TMA)
         total = step(total, hidden, scale, weights, weight_scale_at + group, FP8, DEVICE)
     if HAS_BIAS:
         total = total + tl.load(bias_ptr + expert * H + row)[None, :]

@@ -5,12 +5,14 @@ Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 
 from __future__ import annotations
 
+import attrs
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
-from typed_moe.kernels._expert_tiles import ExpertTile
+from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.kernels._experts_math import is_gated_type
 from typed_moe.kernels._fused_rules import power_of_two
 from typed_moe.kernels._triton_experts import (
@@ -57,23 +59,30 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
     return output
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, H) floating point to float8_e4m3fn and (T, H / 128) float32."""
-    tokens, width = x.shape
+def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
+    """(R, H) floating point to float8_e4m3fn and (R, H / 128) float32.
+
+    With `slots` the rows are places, and those without a slot are left as they are.
+    """
+    rows, width = x.shape
     groups = width // _GROUP
-    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
-    if tokens == 0:
+    data = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    if rows == 0:
         return data, scale
     together = 8
     with on_device(x.device):
-        quantize_kernel[(tokens, triton.cdiv(groups, together))](
+        quantize_kernel[(rows, triton.cdiv(groups, together))](
             x,
             data,
             scale,
+            x if slots is None else slots.sorted.slots,
+            x if slots is None else slots.sorted.block_experts,
+            0 if slots is None else slots.ids.numel(),
             x.stride(0),
             H=width,
             GROUPS=together,
+            BLOCK_M=0 if slots is None else slots.sorted.block_size,
             DEVICE=not INTERPRETED,
             num_warps=4,
         )
@@ -89,6 +98,21 @@ def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
     return tensor.view(torch.uint8) if fp8 == "bits" else tensor
 
 
+def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescriptor:
+    """The matrix, or a descriptor of it whose tiles are `rows` high, for the card to copy by itself."""
+    if not gemm.tma:
+        return matrix
+    flat = matrix.view(-1, matrix.shape[-1])
+    return TensorDescriptor.from_tensor(flat, [rows, gemm.block_k])
+
+
+def _gemm(tile: GemmTile, matrix: Tensor) -> GemmTile:
+    """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need."""
+    if tile.tma and matrix.data_ptr() % 16:
+        return attrs.evolve(tile, tma=False)
+    return tile
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for a kernel that will not read it, where there is no tensor."""
     return other if tensor is None else tensor
@@ -97,20 +121,24 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 def first(
     operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
 ) -> tuple[Tensor, Tensor | None]:
-    """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised."""
-    x, scale, local, gemm = operands.hidden, operands.hidden_scale, slots.sorted, tile.first
+    """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised.
+
+    Quantised by the product where its tile has a whole group of 128, and by one more launch otherwise.
+    """
+    x, scale, local = operands.hidden, operands.hidden_scale, slots.sorted
+    gemm = _gemm(tile.first, operands.first)
     width, places = operands.second.shape[2], local.slots.shape[0]
-    quantize = quantizes(tile, operands.fp8)
-    dtype = torch.float8_e4m3fn if quantize else torch.bfloat16
+    fused = quantizes(tile, operands.fp8)
+    dtype = torch.float8_e4m3fn if fused else torch.bfloat16
     hidden = torch.empty((places, width), dtype=dtype, device=x.device)
     hidden_scale = None
-    if quantize:
+    if fused:
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
         _or(scale, x),
-        _bytes(operands.first, operands.fp8),
+        _tiles(_bytes(operands.first, operands.fp8), gemm.block_n, gemm),
         _or(operands.first_scale, x),
         _or(experts.gemm1_bias, x),
         slots.weights,
@@ -138,15 +166,18 @@ def first(
         ON_INPUT=slots.on_input,
         FP8=operands.fp8,
         SCALED=scale is not None,
-        QUANTIZE=quantize,
+        QUANTIZE=fused,
         BLOCK_M=tile.block_m,
         BLOCK_N=gemm.block_n,
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
+        TMA=gemm.tma,
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
     )
+    if operands.fp8 == "native" and not fused:
+        return quantize(hidden, slots)
     return hidden, hidden_scale
 
 
@@ -158,15 +189,16 @@ def second(
     intermediate: tuple[Tensor, Tensor | None],
 ) -> Tensor:
     """(T * k, H) bfloat16 from what `first` gave."""
-    local, gemm = slots.sorted, tile.second
+    local, gemm = slots.sorted, _gemm(tile.second, operands.second)
     hidden, hidden_scale = intermediate
     _, height, width = operands.second.shape
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
-    blocks = local.block_experts.shape[0]
+    parts = tile.block_m // tile.second_rows
+    blocks = local.block_experts.shape[0] * parts
     second_kernel[(blocks * triton.cdiv(height, gemm.block_n),)](
-        hidden,
+        _tiles(hidden, tile.second_rows, gemm),
         _or(hidden_scale, hidden),
-        _bytes(operands.second, operands.fp8),
+        _tiles(_bytes(operands.second, operands.fp8), gemm.block_n, gemm),
         _or(operands.second_scale, hidden),
         _or(experts.gemm2_bias, hidden),
         out,
@@ -178,11 +210,13 @@ def second(
         I=width,
         HAS_BIAS=experts.gemm2_bias is not None,
         FP8=operands.fp8,
-        QUANTIZED=hidden_scale is not None,
-        BLOCK_M=tile.block_m,
+        SCALED=hidden_scale is not None,
+        PARTS=parts,
+        BLOCK_M=tile.second_rows,
         BLOCK_N=gemm.block_n,
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
+        TMA=gemm.tma,
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
