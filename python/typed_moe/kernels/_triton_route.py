@@ -210,6 +210,7 @@ def sort_rows(
         OTHERS,
         BLOCK,
         IN_MEMORY,
+        True,
     )
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
