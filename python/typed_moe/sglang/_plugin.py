@@ -21,6 +21,7 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.sglang._ahead import EnforcedLayerLike
 from typed_moe.sglang._backend import around_packed, bind_topk, build_layer, offer_backend
 from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
@@ -170,6 +171,7 @@ class Plugin:
         if self.mode is Mode.ENFORCE:
             # Our runners give finished sums; the model asks before it takes unfinished ones.
             layer.supports_deferred_finalize = False
+            self.enforcer.ahead.made(cast("EnforcedLayerLike", layer))
 
     def _after_bind(
         self,
@@ -182,6 +184,8 @@ class Plugin:
         method = _method_name(topk, routing_method_type)
         self.observer.bound(topk, method)
         bind_topk(topk, runner_backend, method)
+        if self.mode is Mode.ENFORCE:
+            self.enforcer.ahead.bound(topk, method)
         known = self._configs.setdefault(topk.topk_config.layer_id, [])
         if not any(topk.topk_config is one for one in known):  # binding twice is allowed
             known.append(topk.topk_config)
