@@ -88,7 +88,7 @@ class LayersAhead:
         Raises:
             UnsupportedRouting: FlashInfer does not serve it.
         """
-        if not _is_ours(layer):
+        if not runs_trtllm(layer):
             return
         self._made[layer.layer_id, layer.is_draft] = ref(layer)
         request = self._request(layer, layer.moe_runner_config.top_k or 1)
@@ -169,7 +169,8 @@ def _backend(layer: EnforcedLayerLike) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _is_ours(layer: EnforcedLayerLike) -> bool:
+def runs_trtllm(layer: EnforcedLayerLike) -> bool:
+    """Whether SGLang runs a layer with FlashInfer's trtllm kernels."""
     return _backend(layer) in BACKENDS
 
 
