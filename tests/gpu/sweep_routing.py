@@ -53,9 +53,7 @@ class Tiles:
         bias = 0.1 * torch.randn(experts, device=device)
         return logits, bias if self.router.strategy.bias is BiasRule.REQUIRED else None
 
-    def time(
-        self, given: tuple[Tensor, Tensor | None], request: SortRequest | None, **tile: int
-    ) -> float:
+    def time(self, given: tuple[Tensor, Tensor | None], request: SortRequest, **tile: int) -> float:
         """Microseconds with this tile."""
         route, chosen = vars(launch())["route"], vars(launch())["Tile"](**tile)
         return self.clocks.graph(
@@ -72,16 +70,15 @@ def sweep(tiles: Tiles) -> Iterator[Row]:
         tile = {"rows": tokens, "warps": tokens, "whole": tokens, "whole_warps": warps}
         us = tiles.time(tiles.inputs(tokens), request, **tile)
         yield {"model": name, "tokens": tokens, "whole_warps": warps, "one launch": us}
-    for tokens, rows, warps in (
-        *itertools.product((8, 64), (1, 4), (2, 4, 8)),
-        *itertools.product((512,), (4, 8, 16), (2, 4, 8)),
-        *itertools.product((4096,), (8, 16), (4, 8)),
-        *itertools.product((16384,), (16,), (4, 8)),
+    for tokens, rows, warps, scan in (
+        *itertools.product((8, 64), (1, 4), (2, 4, 8), (1, 2**30)),
+        *itertools.product((512,), (4, 8), (4, 8), (1, 2**30)),
+        *itertools.product((4096, 16384), (8, 16), (4, 8), (1,)),
     ):
         given = tiles.inputs(tokens)
-        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0}
+        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0, "scan": scan}
         said: Row = {"model": name, "tokens": tokens, "rows": rows, "place_warps": warps}
-        said["route"] = tiles.time(given, None, **base)
+        said["scan"] = scan
         for overlap in (0, 1):
             said[f"overlap {overlap}"] = tiles.time(given, request, **base, overlap=overlap)
         yield said

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_activations import activate, clamp
+from typed_moe.kernels._triton_slots import follow
 
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
@@ -122,11 +123,13 @@ def quantize_kernel(
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales.
 
     BLOCK_M above 0: rows are places in blocks of so many, and those without a slot are left out.
     """
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     if not is_there(row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
         return
@@ -261,6 +264,7 @@ def first_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
 
@@ -270,6 +274,7 @@ def first_kernel(
     as it has in FP8. A pointer to what is
     not there points anywhere and is not read.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block).to(tl.int64)
     if expert < 0:
@@ -291,7 +296,6 @@ def first_kernel(
     else:
         gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
         up_at = gate_at + (HALVES - 1) * I * H
-    x_scale_at = x_scale_ptr + token * x_scale_token
     scale_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
     gate_scale_at = weight_scale_ptr + scale_row * (H // 128)
     up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
@@ -300,7 +304,9 @@ def first_kernel(
     for start in range(0, H, BLOCK_K):
         group = start // 128
         x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
-        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        x_scale = load_scales(
+            x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
+        )
         weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
         up = step(up, x, x_scale, weights, up_scale_at + group, FP8, DEVICE)
         if HALVES == 2:
@@ -355,12 +361,14 @@ def second_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
 
     PARTS blocks here are one of the sorted slots' blocks.
     SCALED: hidden is float8_e4m3fn with one scale per 128 values. FP8 "bits": it is bfloat16.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block // PARTS).to(tl.int64)
     if expert < 0:
@@ -414,8 +422,10 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

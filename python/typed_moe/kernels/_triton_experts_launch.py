@@ -21,7 +21,7 @@ from typed_moe.kernels._triton_experts import (
     quantize_kernel,
     second_kernel,
 )
-from typed_moe.kernels._triton_launch import INTERPRETED, on_device
+from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
@@ -55,6 +55,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
             BLOCK=block,
             DEVICE=not INTERPRETED,
             num_warps=4 if block > 256 else 2,
+            **follows(rows.device),
         )
     return output
 
@@ -85,6 +86,7 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
             BLOCK_M=0 if slots is None else slots.sorted.block_size,
             DEVICE=not INTERPRETED,
             num_warps=4,
+            **follows(x.device),
         )
     return data, scale
 
@@ -175,6 +177,7 @@ def first(
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(x.device),
     )
     if operands.fp8 == "native" and not fused:
         return quantize(hidden, slots)
@@ -220,5 +223,6 @@ def second(
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(hidden.device),
     )
     return out
