@@ -31,6 +31,7 @@ from typed_moe.cli._strategies import (
     strategies,
     strategies_json,
 )
+from typed_moe.cli._tune_command import TuneOptions, run_tune
 from typed_moe.cli._verify import read_device, verify
 from typed_moe.cli._verify_kernels import KERNELS
 from typed_moe.cli._verify_report import print_verify, verify_json
@@ -306,6 +307,42 @@ def bench_routing_command(
     )
     if not run_bench_routing(options, Steps(), stdout()):
         raise typer.Exit(1)
+
+
+@app.command("tune")
+def tune_command(
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("tiles.json"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help=f"Repeatable: {', '.join(SHAPE_NAMES)}; the first two without.",
+            show_default=False,
+        ),
+    ] = None,
+    quant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help=f"Repeatable: {', '.join(FORMATS)}; bf16 and fp8_block without.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: _Tokens = None,
+) -> None:
+    """Search the Triton expert kernels' tiles for this GPU, and write them to a file.
+
+    Whole layers are timed over the shapes, formats and T that are asked for. A tile that does not fit the
+    card is left out, and so is one whose output is another than the built-in tile's. The file is used
+    where TYPED_MOE_TILES names it. Minutes for each T, most of them compiling.
+    """
+    options = TuneOptions(
+        out=out,
+        models=tuple(model or ()),
+        formats=tuple(quant or ()),
+        tokens=tuple(tokens or ()),
+    )
+    run_tune(options, Steps(), stdout())
 
 
 @sglang.command("doctor")
