@@ -10,11 +10,10 @@ from typing import Protocol, final
 
 import attrs
 import torch
-from torch import Tensor
 
 from typed_moe.cli._errors import UserError
 
-Call = Callable[[], Tensor]
+Call = Callable[[], object]
 """One call of whatever is timed."""
 
 _WARM_CALLS = 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.cli._bench_card import Card, Floor, floor_of
-from typed_moe.cli._bench_clock import Call, Clocks, poisoned
+from typed_moe.cli._bench_clock import Clocks, poisoned
 from typed_moe.cli._bench_shapes import LayerShape
 from typed_moe.cli._bench_weights import (
     LayerInputs,
@@ -32,6 +32,8 @@ from typed_moe.testing._oracle import OracleRouting, experts_float64, route_floa
 
 _BF16_ROUNDING = 2.0**-16 / 3  # mean square of one, at most
 _SETTINGS = ("num_expert_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+
+Call = Callable[[], Tensor]
 
 State = Literal["timed", "wrong", "failed", "absent"]
 

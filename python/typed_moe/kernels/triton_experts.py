@@ -24,6 +24,7 @@ from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._tile_file import own_table, tile_file, tile_file_refusal
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
@@ -70,7 +71,8 @@ class TritonKernel:
         fp8: how float8_e4m3fn is multiplied: "native" by the card's FP8 matrix units (compute
             capability 8.9 and above), "bits" as bfloat16 after a conversion in registers, with the
             intermediate in bfloat16. None: "native" where the card can.
-        tile: for every call, whatever its size; None takes the card's from the table.
+        tile: for every call, whatever its size; None takes the card's from the table, or from the
+            file of `typed-moe tune` that TYPED_MOE_TILES names.
     """
 
     fp8: Literal["native", "bits"] | None = None
@@ -180,6 +182,10 @@ class TritonKernel:
         return tile, _slots(args.routing, experts, request)
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
+        if self.tile is None and tile_file() is not None:
+            wrong = tile_file_refusal(_card(request.device))
+            if wrong is not None:
+                return wrong
         if self.fp8 == "native" and not _has_fp8(request.device):
             return (
                 "fp8='native' asks for FP8 matrix units, which start at compute capability "
@@ -290,8 +296,13 @@ def _settings(
 
 @cache
 def _table(device: torch.device, operand: Operand) -> Table:
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return table_of(card, operand)
+    card = _card(device)
+    return own_table(card, operand) or table_of(card, operand)
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 @cache
