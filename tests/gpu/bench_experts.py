@@ -256,6 +256,7 @@ def parts(model: Model, layer: FusedMoE, tokens: int, tile: ExpertTile | None) -
             second=weights["w2_weight"].data,
             second_scale=weights[SCALES[1]].data if fp8 else None,
             fp8="native" if fp8 else "none",
+            scales="block" if fp8 else "plain",
         ),
         experts=ExpertArgs(
             num_experts=model.num_experts,
