@@ -227,7 +227,7 @@ def row(model: Model, tokens: int, peer: FlashInfer | None, clock: Clock) -> Row
         "route_bf16": clock(lambda: fused(half, bias)),
         "route_and_slots": clock(lambda: fused.with_slots(logits, bias, request)),
         "other_overlap": tiles.time(
-            (logits, bias), request, **(usual | {"overlap": 1 - usual["overlap"]})
+            (logits, bias), request, **(usual | {"overlap": not usual["overlap"]})
         ),
         "sort_slots": clock(lambda: sort_slots(ids, request)),
         "topk_softmax": clock(topk_softmax),
@@ -280,16 +280,15 @@ def sweep(model: Model, clock: Clock) -> Iterator[Row]:
         tile = {"rows": tokens, "warps": tokens, "whole": tokens, "whole_warps": warps}
         us = tiles.time(inputs(model, tokens), request, **tile)
         yield {"model": model.name, "tokens": tokens, "whole_warps": warps, "one launch": us}
-    for tokens, rows, warps in (
-        *itertools.product((8, 64), (1, 4), (2, 4, 8)),
-        *itertools.product((512,), (4, 8, 16), (2, 4, 8)),
-        *itertools.product((4096,), (8, 16), (4, 8)),
-        *itertools.product((16384,), (16,), (4, 8)),
+    for tokens, rows, warps, scan in (
+        *itertools.product((8, 64), (1, 4), (2, 4, 8), (1, 2**30)),
+        *itertools.product((512,), (4, 8), (4, 8), (1, 2**30)),
+        *itertools.product((4096, 16384), (8, 16), (4, 8), (1,)),
     ):
         given = inputs(model, tokens)
-        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0}
+        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0, "scan": scan}
         said: Row = {"model": model.name, "tokens": tokens, "rows": rows, "place_warps": warps}
-        said["route"] = tiles.time(given, None, **base)
+        said["scan"] = scan
         for overlap in (0, 1):
             said[f"overlap {overlap}"] = tiles.time(given, request, **base, overlap=overlap)
         yield said

@@ -1,4 +1,4 @@
-"""SGLang's process state, as its own start-up makes it, on a machine without a GPU."""
+"""SGLang's process state, as its own start-up makes it, with a world of one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GROUPS = (
 )
 
 
-def publish(moe_runner_backend: str = "auto") -> None:
+def publish(moe_runner_backend: str = "auto", device: str = "cpu") -> None:
     """Server arguments, and a gloo world of one; again with another backend keeps the world."""
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.runtime_context import SpawnRanks, get_parallel, reset_context
@@ -28,7 +28,7 @@ def publish(moe_runner_backend: str = "auto") -> None:
 
     groups = _groups() if torch.distributed.is_initialized() else {}
     reset_context()
-    arguments = ServerArgs(model_path="dummy", device="cpu", moe_runner_backend=moe_runner_backend)
+    arguments = ServerArgs(model_path="dummy", device=device, moe_runner_backend=moe_runner_backend)
     publish_context(arguments, role="test", ranks=SpawnRanks(world_rank=0))
     if groups:
         get_parallel().override_permanently(**groups)

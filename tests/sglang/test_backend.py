@@ -438,12 +438,6 @@ def test_an_all_to_all_is_not_served(typed_moe: Plugin) -> None:
         make_layer()
 
 
-def test_weights_are_not_written_over_in_place(typed_moe: Plugin) -> None:
-    layer = make_layer()
-    with pytest.raises(UnsupportedRouting, match="not written over in place; load the model anew"):
-        layer.quant_method.restore_weights_before_loading(layer)
-
-
 # --- one of several ranks ---
 
 

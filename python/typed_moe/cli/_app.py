@@ -11,9 +11,12 @@ from typing import Annotated
 import typer
 
 from typed_moe.cli._bench import bench_overhead
+from typed_moe.cli._bench_layer_command import LayerOptions, run_bench_layer
 from typed_moe.cli._bench_report import bench_json, print_bench
+from typed_moe.cli._bench_shapes import SHAPE_NAMES
 from typed_moe.cli._explain import explain, explain_json, print_explanation
 from typed_moe.cli._output import print_json, stdout
+from typed_moe.cli._peer import PEERS
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._run import RunOptions, run
 from typed_moe.cli._run_report import print_run, run_json
@@ -27,6 +30,7 @@ from typed_moe.cli._strategies import (
     strategies_json,
 )
 from typed_moe.cli._verify import read_device, verify
+from typed_moe.cli._verify_kernels import KERNELS
 from typed_moe.cli._verify_report import print_verify, verify_json
 from typed_moe.config import FORMATS
 from typed_moe.sglang import Verdict
@@ -38,7 +42,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(name="bench", help="Time what this package adds.", no_args_is_help=True)
+bench = typer.Typer(
+    name="bench", help="Time what this package adds, and what it runs.", no_args_is_help=True
+)
 app.add_typer(bench)
 sglang = typer.Typer(name="sglang", help="Look at an installed SGLang.", no_args_is_help=True)
 app.add_typer(sglang)
@@ -63,6 +69,22 @@ _Layer = Annotated[
     typer.Option("--layer", help="Decoder layer from 0; the first MoE layer.", show_default=False),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+_JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the report there, as JSON.", show_default=False),
+]
+_Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        help=f"Repeatable: {', '.join(SHAPE_NAMES)}; all without.",
+        show_default=False,
+    ),
+]
+_Tokens = Annotated[
+    list[int] | None,
+    typer.Option("--tokens", help="T, repeatable; each model's own without.", show_default=False),
+]
 
 
 @app.command("run")
@@ -153,18 +175,26 @@ def verify_command(
             "--device", help="cpu, cuda or cuda:N; the GPU where there is one.", show_default=False
         ),
     ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            help=f"Repeatable: {', '.join(KERNELS)}; all that the device has without.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Run every strategy, format, routing form and placement that this machine can, and check each.
 
     Small layers (hidden 256, intermediate 256, 16 experts, 6 tokens), whole and as two tensor- or
     expert-parallel shards in one process, against float64 on the stored weights. On a GPU through
-    its kernels; on a CPU through the reference kernel and, where flashinfer is installed, through
-    FlashInfer's own references. About a minute on two CPU cores.
+    FlashInfer's kernels and the Triton ones; on a CPU through the reference kernel and, where
+    flashinfer is installed, through FlashInfer's own references. About a minute on two CPU cores.
 
     Exit status 1 when anything is beyond its bound, and when nothing could be run.
     """
-    report = verify(read_device(device), Steps())
+    report = verify(read_device(device), Steps(), tuple(kernel or ()))
     if as_json:
         print_json(verify_json(report))
     else:
@@ -185,6 +215,56 @@ def bench_overhead_command(as_json: _Json = False) -> None:
         print_json(bench_json(report))
     else:
         print_bench(report, stdout())
+
+
+@bench.command("layer")
+def bench_layer_command(
+    model: _Shapes = None,
+    quant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help=f"Repeatable: {', '.join(FORMATS)}; bf16 and fp8_block without.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: _Tokens = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help=f"Repeatable: {', '.join(PEERS)}, or none; all without.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: _JsonFile = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", help="Draw time against T there, as SVG.", show_default=False),
+    ] = None,
+) -> None:
+    """Time whole expert layers on this GPU, beside their peers and what the card could do.
+
+    From router logits to the combined output, in CUDA graphs, going round over more than 100 MB of
+    weights. Every side is first compared with a float64 oracle; one that is wrong is not timed. The
+    floor is from this card's own copy and matrix product, measured first.
+
+    Exit status 1 when this package's layer is wrong or fails anywhere.
+    """
+    fine = run_bench_layer(
+        LayerOptions(
+            models=tuple(model or ()),
+            formats=tuple(quant or ()),
+            tokens=tuple(tokens or ()),
+            peers=tuple(peer or ()),
+            json_file=json_file,
+            picture=picture,
+        ),
+        Steps(),
+        stdout(),
+    )
+    if not fine:
+        raise typer.Exit(1)
 
 
 @sglang.command("doctor")

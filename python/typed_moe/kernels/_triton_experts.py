@@ -31,6 +31,7 @@ from typed_moe.kernels._triton_formats import (
     halves_to_rows,
     load_rows,
 )
+from typed_moe.kernels._triton_slots import follow
 
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
@@ -121,11 +122,13 @@ def quantize_kernel(
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales.
 
     BLOCK_M above 0: rows are places in blocks of so many, and those without a slot are left out.
     """
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     if not is_there(row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
         return
@@ -216,10 +219,13 @@ def setting(at: tl.tensor, plain: float, GIVEN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def plain_sums(
-    x_at: tl.tensor,
-    used: tl.tensor,
-    x_scale_at: tl.tensor,
+    x_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    x_scale_token: tl.tensor,
     x_scale_group: tl.tensor,
+    token: tl.tensor,
+    used: tl.tensor,
     weight_ptr: tl.tensor,
     weight_scale_ptr: tl.tensor,
     expert: tl.tensor,
@@ -237,12 +243,9 @@ def plain_sums(
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """x @ w13^T for the expert's rows `row` of the gate, where there is one, and of the up projection.
-
-    x_at, x_scale_at: (BLOCK_M,) where each row of x, and its scales, begin.
-    """
+    """x @ w13^T for the expert's rows `row` of the gate, where there is one, and of the up projection."""
     k = tl.arange(0, BLOCK_K)
-    at = x_at[:, None] + k[None, :]
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
     gate_row = (expert * (HALVES * I)).to(tl.int32) + column * BLOCK_N
     up_row = gate_row + (HALVES - 1) * I
     if TMA:
@@ -258,8 +261,10 @@ def plain_sums(
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
         group = start // 128
-        x = operand(load_rows(at, used, start, H, BLOCK_K), FP8)
-        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
+        x_scale = load_scales(
+            x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
+        )
         weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
         up = step(up, x, x_scale, weights, up_scale_at + group, FP8, WEIGHTS, DEVICE)
         if HALVES == 2:
@@ -305,6 +310,7 @@ def first_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -313,6 +319,7 @@ def first_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
 
@@ -324,6 +331,7 @@ def first_kernel(
     scale per row ("group"; BLOCK_N is 128). A pointer to what is not there points anywhere and is
     not read.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block).to(tl.int64)
     if expert < 0:
@@ -348,6 +356,7 @@ def first_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -355,10 +364,13 @@ def first_kernel(
         )
     else:
         gate, up = plain_sums(
-            x_ptr + token * x_stride,
-            used,
-            x_scale_ptr + token * x_scale_token,
+            x_ptr,
+            x_stride,
+            x_scale_ptr,
+            x_scale_token,
             x_scale_group,
+            token,
+            used,
             weight_ptr,
             weight_scale_ptr,
             expert,
@@ -432,6 +444,7 @@ def second_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -440,12 +453,14 @@ def second_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
 
     PARTS blocks here are one of the sorted slots' blocks.
     SCALED: hidden is float8_e4m3fn with one scale per 128 values. FP8 "bits": it is bfloat16.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block // PARTS).to(tl.int64)
     if expert < 0:
@@ -471,6 +486,7 @@ def second_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -522,8 +538,10 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -23,7 +23,7 @@ from typed_moe.kernels._triton_experts import (
     quantize_kernel,
     second_kernel,
 )
-from typed_moe.kernels._triton_launch import INTERPRETED, on_device
+from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels._triton_widen import widen_kernel
 from typed_moe.kernels.args import ExpertArgs
 
@@ -60,6 +60,7 @@ def widen(operands: Operands) -> Tensor:
         PACK=operands.pack,
         BLOCK=block,
         num_warps=4,
+        **follows(x.device),
     )
     return out
 
@@ -86,6 +87,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
             BLOCK=block,
             DEVICE=not INTERPRETED,
             num_warps=4 if block > 256 else 2,
+            **follows(rows.device),
         )
     return output
 
@@ -116,6 +118,7 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
             BLOCK_M=0 if slots is None else slots.sorted.block_size,
             DEVICE=not INTERPRETED,
             num_warps=4,
+            **follows(x.device),
         )
     return data, scale
 
@@ -161,6 +164,15 @@ def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     if tile.tma and (operands.group or matrix.data_ptr() % 16):
         return attrs.evolve(tile, tma=False)
     return tile
+
+
+def _early(operands: Operands, gemm: GemmTile, width: int) -> bool:
+    """Whether a step's scales are too few, or stand too crookedly, for loads of four bytes a thread."""
+    if not operands.group:
+        return False
+    in_row = gemm.block_k // operands.group
+    crooked = in_row % 4 != 0 or width // operands.group % 4 != 0
+    return crooked or gemm.block_n * in_row < 4 * 32 * gemm.warps
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -222,6 +234,7 @@ def first(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
+        EARLY=_early(operands, gemm, x.shape[1]),
         SCALED=scale is not None,
         QUANTIZE=fused,
         BLOCK_M=tile.block_m,
@@ -232,6 +245,7 @@ def first(
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(x.device),
     )
     if operands.fp8 == "native" and fused == "none":
         return quantize(hidden, slots)
@@ -273,6 +287,7 @@ def second(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
+        EARLY=_early(operands, gemm, width),
         SCALED=hidden_scale is not None,
         PARTS=parts,
         BLOCK_M=tile.second_rows,
@@ -283,5 +298,6 @@ def second(
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(hidden.device),
     )
     return out

@@ -220,6 +220,16 @@ class LayerExperts:
         return prepared
 
     @property
+    def quant(self) -> Format:
+        """The format of its weights."""
+        return self._request.quant
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel that runs it."""
+        return self._ways()[0].decision.plan.kernel
+
+    @property
     def plans(self) -> tuple[Plan, ...]:
         """What was decided, for each way of routing."""
         return tuple(way.decision.plan for way in self._ways())

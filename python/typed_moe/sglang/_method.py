@@ -12,6 +12,7 @@ from torch import Tensor
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.routing import RoutingForm, RoutingStrategy
+from typed_moe.sglang._activation import is_interleaved
 from typed_moe.sglang._experts import LayerExperts
 from typed_moe.sglang._protocols import DispatchLike, TopKLike
 from typed_moe.sglang._scale import Block, ScaleAtSeam
@@ -29,6 +30,7 @@ from typed_moe.sglang._stored import (
     stored_format,
     stored_weights,
 )
+from typed_moe.sglang._updates import guarded, reads_the_parameters, refuse_updates
 
 logger = logging.getLogger("typed_moe.sglang")
 
@@ -75,12 +77,16 @@ class TypedMoeMethod:
         self._stored: QuantMethodLike | None = None
         self._experts: LayerExperts | None = None
         self._backend: BackendLike | None = None
+        # Why nothing may be written over; None: nothing is loaded yet, or it may.
+        self._fixed: str | None = None
         self.fuse_routed_scaling_factor_in_topk = False
 
     # --- SGLang's FusedMoE.__init__ asks these, in this order ---
 
     def create_weights(self, layer: SeamLayerLike, **asked: object) -> None:
         """The parameters, by SGLang's own method of the format."""
+        if "weight_loader" in asked:
+            asked["weight_loader"] = guarded(asked["weight_loader"], self._refuse_if_fixed)
         stored = checkpoint_method(self._given, self.quant_config, layer, self._prefix)
         stored.create_weights(layer=layer, **asked)
         release_unused(layer)
@@ -167,29 +173,43 @@ class TypedMoeMethod:
     # --- loading ---
 
     def process_weights_after_loading(self, layer: SeamLayerLike) -> None:
-        """The runner, for the weights that SGLang has loaded.
+        """The runner, for the weights that SGLang has loaded; again after it has loaded others.
 
         Raises:
             CheckpointError: a scale is missing or no scale.
-            UnsupportedRouting: it is not known who multiplies by the layer's factor.
+            UnsupportedRouting: it is not known who multiplies by the layer's factor; or the kernel's
+                weights are made of the loaded ones, and that once.
         """
+        self._refuse_if_fixed()
         assert self._stored is not None, "create_weights comes first"
-        weights = stored_weights(self._stored, layer, self.experts.config)
-        prepared = self.experts.prepare(weights)
+        experts = self.experts
+        weights = stored_weights(self._stored, layer, experts.config)
+        prepared = experts.prepare(weights)
         # One copy: the kernel's.
         layer.w13_weight.data = prepared.w13_weight.data
         layer.w2_weight.data = prepared.w2_weight.data
+        as_loaded = reads_the_parameters(layer, experts.quant, weights, prepared)
+        if is_interleaved(experts.config) or not as_loaded:
+            self._fixed = (
+                f"{layer.layer_name}: typed-moe's {experts.kernel} kernel reads {experts.quant!r} "
+                "weights in a form that was made of the loaded ones, so that they are not written "
+                "over in place while serving; load the model anew, or choose another "
+                "--moe-runner-backend"
+            )
+            refuse_updates(layer, self._fixed)
 
     def restore_weights_before_loading(self, layer: SeamLayerLike) -> None:
-        """Refuse: what was loaded has been given to the kernel.
+        """Asked before new weights are written.
 
         Raises:
-            UnsupportedRouting: always.
+            UnsupportedRouting: what was loaded is not what the kernel reads.
         """
-        raise UnsupportedRouting(
-            f"{layer.layer_name}: weights that run in typed-moe are not written over in place; load "
-            "the model anew"
-        )
+        del layer
+        self._refuse_if_fixed()
+
+    def _refuse_if_fixed(self) -> None:
+        if self._fixed is not None:
+            raise UnsupportedRouting(self._fixed)
 
     # --- the call ---
 
