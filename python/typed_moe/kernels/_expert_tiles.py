@@ -184,8 +184,8 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 8,
                 ExpertTile(
                     block_m=16,
-                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
-                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
                 ),
             ),
             (
@@ -226,7 +226,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 32,
                 ExpertTile(
                     block_m=32,
-                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
                     second=GemmTile(block_n=128, block_k=128, warps=4, stages=4),
                 ),
             ),
@@ -346,8 +346,8 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
                 64,
                 ExpertTile(
                     block_m=32,
-                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=2),
-                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=2),
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
                 ),
             ),
             (

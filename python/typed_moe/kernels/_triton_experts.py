@@ -219,10 +219,13 @@ def setting(at: tl.tensor, plain: float, GIVEN: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def plain_sums(
-    x_at: tl.tensor,
-    used: tl.tensor,
-    x_scale_at: tl.tensor,
+    x_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    x_scale_token: tl.tensor,
     x_scale_group: tl.tensor,
+    token: tl.tensor,
+    used: tl.tensor,
     weight_ptr: tl.tensor,
     weight_scale_ptr: tl.tensor,
     expert: tl.tensor,
@@ -240,12 +243,9 @@ def plain_sums(
     TMA: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """x @ w13^T for the expert's rows `row` of the gate, where there is one, and of the up projection.
-
-    x_at, x_scale_at: (BLOCK_M,) where each row of x, and its scales, begin.
-    """
+    """x @ w13^T for the expert's rows `row` of the gate, where there is one, and of the up projection."""
     k = tl.arange(0, BLOCK_K)
-    at = x_at[:, None] + k[None, :]
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
     gate_row = (expert * (HALVES * I)).to(tl.int32) + column * BLOCK_N
     up_row = gate_row + (HALVES - 1) * I
     if TMA:
@@ -261,8 +261,10 @@ def plain_sums(
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, H, BLOCK_K):
         group = start // 128
-        x = operand(load_rows(at, used, start, H, BLOCK_K), FP8)
-        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
+        x_scale = load_scales(
+            x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
+        )
         weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
         up = step(up, x, x_scale, weights, up_scale_at + group, FP8, WEIGHTS, DEVICE)
         if HALVES == 2:
@@ -308,6 +310,7 @@ def first_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -353,6 +356,7 @@ def first_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -360,10 +364,13 @@ def first_kernel(
         )
     else:
         gate, up = plain_sums(
-            x_ptr + token * x_stride,
-            used,
-            x_scale_ptr + token * x_scale_token,
+            x_ptr,
+            x_stride,
+            x_scale_ptr,
+            x_scale_token,
             x_scale_group,
+            token,
+            used,
             weight_ptr,
             weight_scale_ptr,
             expert,
@@ -437,6 +444,7 @@ def second_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -478,6 +486,7 @@ def second_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,

@@ -60,6 +60,7 @@ def widen(operands: Operands) -> Tensor:
         PACK=operands.pack,
         BLOCK=block,
         num_warps=4,
+        **follows(x.device),
     )
     return out
 
@@ -165,6 +166,15 @@ def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     return tile
 
 
+def _early(operands: Operands, gemm: GemmTile, width: int) -> bool:
+    """Whether a step's scales are too few, or stand too crookedly, for loads of four bytes a thread."""
+    if not operands.group:
+        return False
+    in_row = gemm.block_k // operands.group
+    crooked = in_row % 4 != 0 or width // operands.group % 4 != 0
+    return crooked or gemm.block_n * in_row < 4 * 32 * gemm.warps
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for a kernel that will not read it, where there is no tensor."""
     return other if tensor is None else tensor
@@ -224,6 +234,7 @@ def first(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
+        EARLY=_early(operands, gemm, x.shape[1]),
         SCALED=scale is not None,
         QUANTIZE=fused,
         BLOCK_M=tile.block_m,
@@ -276,6 +287,7 @@ def second(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
+        EARLY=_early(operands, gemm, width),
         SCALED=hidden_scale is not None,
         PARTS=parts,
         BLOCK_M=tile.second_rows,

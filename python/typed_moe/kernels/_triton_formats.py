@@ -202,12 +202,33 @@ def load_bytes(at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.const
 
 
 @triton.jit
+def load_scales_at(
+    at: tl.tensor,
+    start: int,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """(BLOCK_K / GROUP, BLOCK_N) scales of a step, as bytes."""
+    return load_bytes(at, start // GROUP, WIDTH // GROUP, BLOCK_K // GROUP)
+
+
+@triton.jit
+def load_next_scales(
+    at: tl.tensor, start: int, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """Those of the step behind this one; zeros where there is none."""
+    inside = tl.arange(0, BLOCK_K // GROUP) < (WIDTH - BLOCK_K - start) // GROUP
+    return tl.load(at + BLOCK_K // GROUP + start // GROUP, mask=inside[:, None], other=0)
+
+
+@triton.jit
 def grouped_step(
     total: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     weight_at: tl.tensor,
-    scale_at: tl.tensor,
+    byte: tl.tensor,
     start: int,
     WIDTH: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -217,9 +238,11 @@ def grouped_step(
     BLOCK_K: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tl.tensor:
-    """total + x @ weights over BLOCK_K values of the sum, x in halves as `load_halves` gives it."""
+    """total + x @ weights over BLOCK_K values of the sum.
+
+    x comes in halves as `load_halves` gives it; byte: (BLOCK_K / GROUP, BLOCK_N), the scales.
+    """
     data = load_bytes(weight_at, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
-    byte = load_bytes(scale_at, start // GROUP, WIDTH // GROUP, BLOCK_K // GROUP)
     scale = group_scales(byte, WEIGHTS)
     scale = tl.broadcast_to(scale[:, None, :], [BLOCK_K // GROUP, GROUP // PACK, BLOCK_N])
     scale = tl.reshape(scale, [BLOCK_K // PACK, BLOCK_N])
@@ -252,6 +275,7 @@ def grouped_sums(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -260,24 +284,36 @@ def grouped_sums(
     """x @ w^T twice: for the matrix rows `row` and those BETWEEN further on; HALVES 1: nothing, and `row`.
 
     x_at: (BLOCK_M,) where each row of x begins; its rows, and those of the matrix, have WIDTH values.
+    EARLY: a step's scales are loaded while the one before it runs. Triton's pipeline does as much with
+    loads of four bytes a thread and more, and leaves out smaller ones.
     """
     k = tl.arange(0, BLOCK_K // PACK)
     group = tl.arange(0, BLOCK_K // GROUP)
     at = x_at[:, None] + k[None, :]
-    weight_at = weight_ptr + row[None, :] * (WIDTH // PACK) + k[:, None]
-    scale_at = scale_ptr + row[None, :] * (WIDTH // GROUP) + group[:, None]
-    other_at = weight_at + (HALVES - 1) * BETWEEN * (WIDTH // PACK)
-    other_scale_at = scale_at + (HALVES - 1) * BETWEEN * (WIDTH // GROUP)
+    gate_at = weight_ptr + row[None, :] * (WIDTH // PACK) + k[:, None]
+    gate_scale_at = scale_ptr + row[None, :] * (WIDTH // GROUP) + group[:, None]
+    up_at = gate_at + (HALVES - 1) * BETWEEN * (WIDTH // PACK)
+    up_scale_at = gate_scale_at + (HALVES - 1) * BETWEEN * (WIDTH // GROUP)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_scale = load_scales_at(up_scale_at, 0, WIDTH, GROUP, BLOCK_K)
+    gate_scale = load_scales_at(gate_scale_at, 0, WIDTH, GROUP, BLOCK_K)
     for start in range(0, WIDTH, BLOCK_K):
+        if EARLY:
+            next_up = load_next_scales(up_scale_at, start, WIDTH, GROUP, BLOCK_K)
+            next_gate = load_next_scales(gate_scale_at, start, WIDTH, GROUP, BLOCK_K)
+        else:
+            up_scale = load_scales_at(up_scale_at, start, WIDTH, GROUP, BLOCK_K)
+            gate_scale = load_scales_at(gate_scale_at, start, WIDTH, GROUP, BLOCK_K)
+            next_up = up_scale
+            next_gate = gate_scale
         low, high = load_halves(at, used, start, WIDTH, BLOCK_K, PACK)
         up = grouped_step(
             up,
             low,
             high,
-            other_at,
-            other_scale_at,
+            up_at,
+            up_scale,
             start,
             WIDTH,
             WEIGHTS,
@@ -292,8 +328,8 @@ def grouped_sums(
                 gate,
                 low,
                 high,
-                weight_at,
-                scale_at,
+                gate_at,
+                gate_scale,
                 start,
                 WIDTH,
                 WEIGHTS,
@@ -303,6 +339,8 @@ def grouped_sums(
                 BLOCK_K,
                 DEVICE,
             )
+        up_scale = next_up
+        gate_scale = next_gate
     return gate, up
 
 

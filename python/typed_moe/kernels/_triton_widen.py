@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_formats import e2m1, e4m3, e8m0
+from typed_moe.kernels._triton_slots import follow
 
 
 @triton.jit
@@ -22,12 +23,14 @@ def widen_kernel(
     FORMAT: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One row's values times their scales; where PACK is 2, its even columns first.
 
     FORMAT: "bf16"; "mxfp8", float8_e4m3fn as bytes with E8M0 scales for 32 values; "nvfp4", packed
     E2M1 with E4M3 scales for 16.
     """
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     within = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
     part = tl.arange(0, PACK)[None, :]
