@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.cli.calls import Cli, items
 from tests.cli.clocks import ToldClocks
 from typed_moe.cli import _bench_weights, _tune
+from typed_moe.cli._bench_clock import Launch
 from typed_moe.cli._bench_shapes import LayerShape, layer_shapes
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._progress import Steps
@@ -111,6 +112,9 @@ class Card:
         raise AssertionError("not asked for")
 
     def peak_bytes(self, call: Callable[[], object], /) -> int:
+        raise AssertionError("not asked for")
+
+    def launches(self, calls: Sequence[Callable[[], object]], /) -> tuple[Launch, ...]:
         raise AssertionError("not asked for")
 
     def point(self, quant: Format = Bf16(), tokens: int = 64) -> Point:  # noqa: B008 - frozen

@@ -245,6 +245,10 @@ def bench_layer_command(
         Path | None,
         typer.Option("--picture", help="Draw time against T there, as SVG.", show_default=False),
     ] = None,
+    launches: Annotated[
+        bool,
+        typer.Option("--launches", help="Also the time of each kernel, by PyTorch's profiler."),
+    ] = False,
 ) -> None:
     """Time whole expert layers on this GPU, beside their peers and what the card could do.
 
@@ -262,6 +266,7 @@ def bench_layer_command(
             peers=tuple(peer or ()),
             json_file=json_file,
             picture=picture,
+            launches=launches,
         ),
         Steps(),
         stdout(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.cli._bench_card import Card, Floor, floor_of
-from typed_moe.cli._bench_clock import Clocks, poisoned
+from typed_moe.cli._bench_clock import Clocks, Launch, poisoned
 from typed_moe.cli._bench_shapes import LayerShape
 from typed_moe.cli._bench_weights import (
     LayerInputs,
@@ -55,6 +55,7 @@ class Cell:
         bound: on that.
         peak_bytes: that a call takes, output included.
         intermediate_bytes: the larger of (T k, I) and (T k, H) in bfloat16.
+        launches: the kernels of a call, where they were asked for.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Cell:
     bound: float | None = None
     peak_bytes: int | None = None
     intermediate_bytes: int
+    launches: tuple[Launch, ...] = ()
 
     @property
     def us(self) -> float | None:
@@ -105,11 +107,12 @@ class Block:
 @final
 @attrs.frozen(kw_only=True, eq=False)
 class LayerBench:
-    """What is measured with what."""
+    """What is measured with what; `launches`: also what each kernel takes."""
 
     clocks: Clocks
     card: Card
     sides: tuple[Side, ...]
+    launches: bool = False
 
     def block(self, shape: LayerShape, quant: Format, tokens: Sequence[int], steps: Steps) -> Block:
         """Every side at every T of one model in one format.
@@ -208,6 +211,7 @@ class _Case:
             reason=why_no_graph,
             eager_us=clocks.eager(calls),
             peak_bytes=clocks.peak_bytes(calls[0]),
+            launches=clocks.launches(calls) if self._bench.launches else (),
         )
 
     def _checked(self, cell: Cell, call: Call, roundings: int) -> Cell:

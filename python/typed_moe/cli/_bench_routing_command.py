@@ -16,7 +16,7 @@ import attrs
 import torch
 from rich.console import Console
 
-from typed_moe.cli._bench_clock import Call, cuda_clocks
+from typed_moe.cli._bench_clock import Call, Launch, cuda_clocks
 from typed_moe.cli._bench_options import check_writable, read_tokens, write_json
 from typed_moe.cli._bench_routing import TOKENS, RoutingRow, bench_routing, chosen_routers
 from typed_moe.cli._bench_routing_report import (
@@ -97,6 +97,11 @@ class _Once:
         """The call."""
         call()
         return 0
+
+    def launches(self, calls: Sequence[Call], /) -> tuple[Launch, ...]:
+        """The first call."""
+        self.graph(calls)
+        return ()
 
 
 def _compile(name: str, *, tokens: tuple[int, ...]) -> None:
