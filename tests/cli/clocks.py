@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import attrs
 import torch
 
-from typed_moe.cli._bench_clock import Call
+from typed_moe.cli._bench_clock import Call, Launch
 
 GRAPH_US, EAGER_US, PEAK_BYTES = 100.0, 250.0, 12345
+LAUNCHES = (
+    Launch(name="first_kernel", us=60.0, count=1),
+    Launch(name="fill", us=30.0, count=2),
+    Launch(name="small", us=0.1, count=1),
+)
 
 
 @attrs.define(kw_only=True)
@@ -36,3 +41,6 @@ class ToldClocks:
     def peak_bytes(self, call: Call, /) -> int:
         call()
         return PEAK_BYTES
+
+    def launches(self, calls: Sequence[Call], /) -> tuple[Launch, ...]:
+        return LAUNCHES

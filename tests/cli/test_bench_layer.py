@@ -336,6 +336,19 @@ def test_table_json_and_picture_have_the_same(cli: Cli, tmp_path: Path) -> None:
     assert picture.read_text().count("<polyline") == 2 * (3 + 2)
 
 
+@pytest.mark.usefixtures("told")
+def test_launches_are_shown_where_they_are_asked_for(cli: Cli, tmp_path: Path) -> None:
+    """Those of a hundredth of the call or more in the table, all of them in the file."""
+    report = tmp_path / "report.json"
+    argv = ("bench", "layer", "--model", "glm-4.5-air", "--format", "bf16", "--peer", "none")
+    plain = cli(*argv)
+    done = cli(*argv, "--tokens", "8", "--launches", "--json", str(report))
+    assert "first_kernel" not in plain.out
+    assert "T 8, typed-moe  first_kernel 60.0, fill 30.0 (2 times)\n" in done.out
+    (row,) = items(json.loads(report.read_text()), "rows")
+    assert [one["name"] for one in items(row, "launches")] == ["first_kernel", "fill", "small"]
+
+
 def test_a_wrong_layer_of_ours_is_exit_status_1(
     cli: Cli, told: ToldClocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

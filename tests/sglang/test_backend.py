@@ -236,6 +236,32 @@ def test_a_server_that_wants_the_ids_has_its_topk_route(
     assert f"--{setting.replace('_', '-')}" in repr(plan.strategy)
 
 
+def test_redundant_experts(typed_moe: Plugin) -> None:
+    """Two experts are there twice: SGLang's TopK routes to where they are, and our layer follows."""
+    from sglang.srt.eplb.expert_location_dispatch import ExpertLocationDispatchInfo
+    from sglang.srt.runtime_context import get_exec
+
+    # Experts 0 and 5 are at home in slots 9 and 8 on this rank; in 0 and 5 are others' copies.
+    places = torch.tensor([9, 1, 2, 3, 4, 8, 6, 7], dtype=torch.int32)
+    info = ExpertLocationDispatchInfo(
+        ep_dispatch_algorithm="static",
+        partial_logical_to_rank_dispatch_physical_map=places,
+        partial_logical_to_all_physical_map=places.unsqueeze(1),
+        partial_logical_to_all_physical_map_num_valid=torch.ones(EXPERTS, dtype=torch.int32),
+        num_physical_experts=EXPERTS + 2,
+    )
+    layer, (x, logits) = make_layer(num_experts=EXPERTS + 2), draw()
+    with get_exec().moe.override(ep_num_redundant_experts=2):
+        topk = make_topk(layer)
+    routed = topk(x, logits, expert_location_dispatch_info=info)
+    routing = oracle.route(SOFTMAX, logits, None, TOP_K)
+    assert {0, 5} & set(routing.ids.flatten().tolist())
+    wanted = oracle.moe(stack_of(layer), x, places[routing.ids], routing.weights, Act())
+    equal(run(layer, x, routed), wanted)
+    (plan,) = plans_of(layer)
+    assert "--ep-num-redundant-experts" in repr(plan.strategy)
+
+
 def test_no_topk_is_bound(typed_moe: Plugin) -> None:
     """As hash routing and some models do: ids and weights are given, and the plan says so."""
     layer, (x, logits) = make_layer(), draw()
@@ -436,6 +462,23 @@ def test_an_all_to_all_is_not_served(typed_moe: Plugin) -> None:
         pytest.raises(UnsupportedRouting, match="--moe-a2a-backend deepep"),
     ):
         make_layer()
+
+
+@pytest.mark.parametrize("routing", [None, Renormalize()], ids=["backend", "routing="])
+def test_deepeps_layer_is_not_served(routing: RoutingStrategy | None, typed_moe: Plugin) -> None:
+    """It runs its experts itself, on what DeepEP has dispatched: refused when it is made."""
+    from sglang.srt.layers.moe.ep_moe.layer import DeepEPMoE
+
+    arguments: dict[str, object] = {} if routing is None else {"routing": routing}
+    with pytest.raises(UnsupportedRouting, match=r"DeepEPMoE runs its experts itself.*FusedMoE"):
+        DeepEPMoE(
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            hidden_size=HIDDEN,
+            intermediate_size=WIDTH,
+            layer_id=0,
+            **arguments,
+        )
 
 
 # --- one of several ranks ---

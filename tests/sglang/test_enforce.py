@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sglang import host
 from tests.sglang.layers import HIDDEN, Block, SglangBlock
 from tests.sglang.test_observe import CASES, DEEPSEEK, FAULTS, LLAMA4, QWEN3, TOKENS, Case, Fault
 from typed_moe import UnsupportedRouting
@@ -188,11 +189,83 @@ def test_weights_that_are_replaced_are_used(enforced: Plugin) -> None:
         assert weights.data_ptr() == fresh.data_ptr()
 
 
-def test_a_device_that_flashinfer_does_not_serve_is_an_error(enforced: Plugin) -> None:
+# --- refused before a call ---
+
+
+def test_a_device_that_flashinfer_does_not_serve_is_an_error_when_the_layer_is_made(
+    enforced: Plugin,
+) -> None:
     """The sentence names the layer, the reason and the way out."""
     enforced.enforcer = Enforcer(installed_flashinfer)
-    with pytest.raises(UnsupportedRouting, match=r"(?s)layers\.0.*SM100.*TYPED_MOE_SGLANG=observe"):
-        calls_of(QWEN3)
+    with pytest.raises(UnsupportedRouting, match=r"layers\.60.*SM100.*TYPED_MOE_SGLANG=observe"):
+        make_experts()
+
+
+def make_experts(**settings: object) -> torch.nn.Module:
+    """SGLang's layer in bfloat16, without a TopK."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    known: dict[str, object] = {
+        "num_experts": 8,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "layer_id": 60,
+        "top_k": 2,
+        "params_dtype": torch.bfloat16,
+        "prefix": "model.layers.60.mlp.experts",
+    }
+    made: torch.nn.Module = FusedMoE(**{**known, **settings})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_experts": 9, "num_fused_shared_experts": 1}, "1 shared experts are fused"),
+        ({"activation": "situ"}, "activation 'situ' with a gate"),
+    ],
+    ids=["fused shared experts", "activation"],
+)
+def test_a_layer_that_is_not_served_is_not_made(
+    settings: dict[str, object], said: str, enforced: Plugin
+) -> None:
+    with pytest.raises(UnsupportedRouting, match=rf"layers\.60\.mlp\.experts: {said}"):
+        make_experts(**settings)
+
+
+def test_a_layer_is_served_elsewhere(enforced: Plugin) -> None:
+    """What enforce refuses, observe leaves to SGLang; and other backends are nobody's business."""
+    settings = {"num_experts": 9, "num_fused_shared_experts": 1}
+    enforced.mode = Mode.OBSERVE
+    make_experts(**settings)
+    enforced.mode = Mode.ENFORCE
+    host.publish("triton")
+    make_experts(**settings)
+
+
+def test_a_topk_that_is_not_served_is_not_bound(enforced: Plugin) -> None:
+    """More experts per token than FlashInfer takes, from logits or as ids."""
+    block = Block(num_experts=64, top_k=40, method="RenormalizeNaive", quant="bf16")
+    with pytest.raises(
+        UnsupportedRouting, match=r"(?s)layers\.0\.mlp\.experts: .*with top_k up to 32"
+    ):
+        SglangBlock(block)
+    enforced.mode = Mode.OBSERVE
+    SglangBlock(block)
+
+
+def test_a_topk_that_is_no_rule_is_not_bound(enforced: Plugin) -> None:
+    """More groups kept than there are, which SGLang makes and says nothing of."""
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts: .*topk_group"):
+        SglangBlock(attrs.evolve(DEEPSEEK, groups=2, kept=4, method=None))
+
+
+def test_a_topk_of_another_layer_is_not_asked_for(enforced: Plugin) -> None:
+    """A TopK in front of SGLang's own kernels, in the same process, may compute anything."""
+    from sglang.srt.layers.moe.topk import TopK
+
+    topk = TopK(40, layer_id=61)
+    topk.bind_runner_backend(None)
 
 
 def test_no_model_takes_unfinished_sums(enforced: Plugin) -> None:

@@ -13,6 +13,8 @@ import typer
 from typed_moe.cli._bench import bench_overhead
 from typed_moe.cli._bench_layer_command import LayerOptions, run_bench_layer
 from typed_moe.cli._bench_report import bench_json, print_bench
+from typed_moe.cli._bench_routing import ROUTER_NAMES
+from typed_moe.cli._bench_routing_command import RoutingOptions, run_bench_routing
 from typed_moe.cli._bench_shapes import SHAPE_NAMES
 from typed_moe.cli._explain import explain, explain_json, print_explanation
 from typed_moe.cli._output import print_json, stdout
@@ -29,6 +31,7 @@ from typed_moe.cli._strategies import (
     strategies,
     strategies_json,
 )
+from typed_moe.cli._tune_command import TuneOptions, run_tune
 from typed_moe.cli._verify import read_device, verify
 from typed_moe.cli._verify_kernels import KERNELS
 from typed_moe.cli._verify_report import print_verify, verify_json
@@ -242,6 +245,10 @@ def bench_layer_command(
         Path | None,
         typer.Option("--picture", help="Draw time against T there, as SVG.", show_default=False),
     ] = None,
+    launches: Annotated[
+        bool,
+        typer.Option("--launches", help="Also the time of each kernel, by PyTorch's profiler."),
+    ] = False,
 ) -> None:
     """Time whole expert layers on this GPU, beside their peers and what the card could do.
 
@@ -259,12 +266,88 @@ def bench_layer_command(
             peers=tuple(peer or ()),
             json_file=json_file,
             picture=picture,
+            launches=launches,
         ),
         Steps(),
         stdout(),
     )
     if not fine:
         raise typer.Exit(1)
+
+
+@bench.command("routing")
+def bench_routing_command(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help=f"Repeatable: {', '.join(ROUTER_NAMES)}; all without.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: _Tokens = None,
+    json_file: _JsonFile = None,
+    flashinfer_library: Annotated[
+        Path | None,
+        typer.Option(
+            "--flashinfer-library",
+            help="FlashInfer's routing kernels for this card, by python -m tests.conformance.build.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Time the fused routing kernel on this GPU, beside PyTorch's operators and FlashInfer's kernels.
+
+    From logits to ids and weights, and to the slots sorted by expert, in CUDA graphs; with it, what
+    float32 logits cost in time and bfloat16 ones in rows whose experts change. Every choice is first
+    compared with a float64 oracle on the rows that float32 decides.
+
+    Exit status 1 when the fused kernel is wrong anywhere.
+    """
+    options = RoutingOptions(
+        models=tuple(model or ()),
+        tokens=tuple(tokens or ()),
+        json_file=json_file,
+        flashinfer_library=flashinfer_library,
+    )
+    if not run_bench_routing(options, Steps(), stdout()):
+        raise typer.Exit(1)
+
+
+@app.command("tune")
+def tune_command(
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")] = Path("tiles.json"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help=f"Repeatable: {', '.join(SHAPE_NAMES)}; the first two without.",
+            show_default=False,
+        ),
+    ] = None,
+    quant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help=f"Repeatable: {', '.join(FORMATS)}; bf16 and fp8_block without.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: _Tokens = None,
+) -> None:
+    """Search the Triton expert kernels' tiles for this GPU, and write them to a file.
+
+    Whole layers are timed over the shapes, formats and T that are asked for. A tile that does not fit the
+    card is left out, and so is one whose output is another than the built-in tile's. The file is used
+    where TYPED_MOE_TILES names it. Minutes for each T, most of them compiling.
+    """
+    options = TuneOptions(
+        out=out,
+        models=tuple(model or ()),
+        formats=tuple(quant or ()),
+        tokens=tuple(tokens or ()),
+    )
+    run_tune(options, Steps(), stdout())
 
 
 @sglang.command("doctor")

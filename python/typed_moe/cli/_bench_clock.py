@@ -10,25 +10,34 @@ from typing import Protocol, final
 
 import attrs
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from typed_moe.cli._errors import UserError
 
-Call = Callable[[], Tensor]
+Call = Callable[[], object]
 """One call of whatever is timed."""
 
 _WARM_CALLS = 2
+_NAME = 60  # characters of a kernel's name
 _LEAST_REPLAYS, _MOST_REPLAYS = 5, 30
 _SECONDS = 1.0
 """Of replays per time: a long call is repeated less often."""
 
 
-class Clock(Protocol):
-    """**Protocol:** times calls."""
+@final
+@attrs.frozen(kw_only=True)
+class Launch:
+    """One kernel's part of a call.
 
-    def __call__(self, calls: Sequence[Call], /) -> float:
-        """Median microseconds per call, the calls made in turn."""
-        ...
+    Attributes:
+        name: of the kernel, cut short.
+        us: microseconds per call, all its launches together.
+        count: launches per call.
+    """
+
+    name: str
+    us: float
+    count: float
 
 
 class Clocks(Protocol):
@@ -49,6 +58,10 @@ class Clocks(Protocol):
 
     def peak_bytes(self, call: Call, /) -> int:
         """Memory that a call takes beyond what was there before, its result included."""
+        ...
+
+    def launches(self, calls: Sequence[Call], /) -> tuple[Launch, ...]:
+        """The device's time in each kernel, the longest first."""
         ...
 
 
@@ -90,6 +103,24 @@ class CudaClocks:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         del kept
         return peak
+
+    def launches(self, calls: Sequence[Call], /) -> tuple[Launch, ...]:
+        """By PyTorch's profiler, of calls that the host launches: without the gaps in between."""
+        _warm(calls)
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for call in calls:
+                call()
+            torch.cuda.synchronize(self.device)
+        found = [
+            Launch(
+                name=event.key[:_NAME],
+                us=float(event.self_device_time_total) / len(calls),
+                count=event.count / len(calls),
+            )
+            for event in profiler.key_averages()
+            if event.self_device_time_total > 0
+        ]
+        return tuple(sorted(found, key=lambda launch: -launch.us))
 
 
 def _warm(calls: Sequence[Call]) -> None:

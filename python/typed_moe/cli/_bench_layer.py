@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from typed_moe.cli._bench_card import Card, Floor, floor_of
-from typed_moe.cli._bench_clock import Call, Clocks, poisoned
+from typed_moe.cli._bench_clock import Clocks, Launch, poisoned
 from typed_moe.cli._bench_shapes import LayerShape
 from typed_moe.cli._bench_weights import (
     LayerInputs,
@@ -32,6 +32,8 @@ from typed_moe.testing._oracle import OracleRouting, experts_float64, route_floa
 
 _BF16_ROUNDING = 2.0**-16 / 3  # mean square of one, at most
 _SETTINGS = ("num_expert_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+
+Call = Callable[[], Tensor]
 
 State = Literal["timed", "wrong", "failed", "absent"]
 
@@ -53,6 +55,7 @@ class Cell:
         bound: on that.
         peak_bytes: that a call takes, output included.
         intermediate_bytes: the larger of (T k, I) and (T k, H) in bfloat16.
+        launches: the kernels of a call, where they were asked for.
     """
 
     model: str
@@ -69,6 +72,7 @@ class Cell:
     bound: float | None = None
     peak_bytes: int | None = None
     intermediate_bytes: int
+    launches: tuple[Launch, ...] = ()
 
     @property
     def us(self) -> float | None:
@@ -103,11 +107,12 @@ class Block:
 @final
 @attrs.frozen(kw_only=True, eq=False)
 class LayerBench:
-    """What is measured with what."""
+    """What is measured with what; `launches`: also what each kernel takes."""
 
     clocks: Clocks
     card: Card
     sides: tuple[Side, ...]
+    launches: bool = False
 
     def block(self, shape: LayerShape, quant: Format, tokens: Sequence[int], steps: Steps) -> Block:
         """Every side at every T of one model in one format.
@@ -206,6 +211,7 @@ class _Case:
             reason=why_no_graph,
             eager_us=clocks.eager(calls),
             peak_bytes=clocks.peak_bytes(calls[0]),
+            launches=clocks.launches(calls) if self._bench.launches else (),
         )
 
     def _checked(self, cell: Cell, call: Call, roundings: int) -> Cell:

@@ -33,6 +33,7 @@ class LayerOptions:
     peers: tuple[str, ...] = ()
     json_file: Path | None = None
     picture: Path | None = None
+    launches: bool = False
 
 
 def run_bench_layer(options: LayerOptions, steps: Steps, console: Console) -> bool:
@@ -53,7 +54,7 @@ def run_bench_layer(options: LayerOptions, steps: Steps, console: Console) -> bo
     with steps.step("measure the card"):
         card = measure_card(clocks)
     print_card(card, clocks.device, console)
-    bench = LayerBench(clocks=clocks, card=card, sides=named)
+    bench = LayerBench(clocks=clocks, card=card, sides=named, launches=options.launches)
     blocks: list[Block] = []
     for block in bench_layer(bench, shapes, formats, tokens, steps):
         blocks.append(block)

@@ -65,6 +65,23 @@ def print_block(block: Block, console: Console) -> None:
             if cell.reason and cell.state != "absent"
         ],
     )
+    print_facts(
+        console,
+        [
+            (f"T {cell.tokens}, {cell.side}", _launches(cell))
+            for cell in block.cells
+            if cell.launches
+        ],
+    )
+
+
+def _launches(cell: Cell) -> str:
+    """The kernels of a call that take a hundredth of it or more."""
+    shown = [one for one in cell.launches if one.us >= (cell.us or 0) / 100]
+    return ", ".join(
+        f"{one.name} {one.us:.1f}" + ("" if one.count == 1 else f" ({one.count:g} times)")
+        for one in shown
+    )
 
 
 def _row(cells: dict[str, Cell], names: Sequence[str], width: int) -> str:

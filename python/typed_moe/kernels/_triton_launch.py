@@ -242,6 +242,7 @@ def _place(
     before = _scan(slots, chunk_counts, tile) if scanned else None
     per_program = 1 if scanned else power_of_two(triton.cdiv(chunks, tile.place_programs))
     programs = triton.cdiv(chunks, per_program)
+    chunk_pad, filled = power_of_two(chunk), power_of_two(triton.cdiv(local_pad, programs))
     place_kernel[(programs,)](
         ids,
         chunk_counts,
@@ -256,12 +257,13 @@ def _place(
         slots.counts.shape[0],
         slots.block_experts.shape[0],
         CHUNK=chunk,
-        CHUNK_PAD=power_of_two(chunk),
+        CHUNK_PAD=chunk_pad,
         CHUNKS=per_program,
-        OTHERS=min(32, power_of_two(chunk)),
+        OTHERS=min(32, chunk_pad),
         L_PAD=local_pad,
         TILE=max(1, min(power_of_two(chunks), _COUNTS_PER_WARP * tile.place_warps // local_pad)),
-        FILLED=power_of_two(triton.cdiv(local_pad, programs)),
+        # The fewer rows of a block are looked at, whosever they are.
+        FILLED=filled if filled < chunk_pad * per_program else 0,
         BLOCK=slots.block_size,
         SCANNED=scanned,
         num_warps=tile.place_warps,

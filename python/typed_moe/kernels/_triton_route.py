@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import IN_MEMORY, close_blocks, follow, place_slots
+from typed_moe.kernels._triton_slots import BY_SLOTS, IN_MEMORY, close_blocks, follow, place_slots
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -210,6 +210,7 @@ def sort_rows(
         OTHERS,
         BLOCK,
         IN_MEMORY,
+        BY_SLOTS,
     )
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 

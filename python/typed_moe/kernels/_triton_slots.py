@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 IN_MEMORY = tl.constexpr(1)
 IN_REGISTERS = tl.constexpr(0)
+BY_SLOTS = tl.constexpr(0)
 _TAIL = tl.constexpr(256)
 
 
@@ -49,12 +50,13 @@ def place_slots(
     OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
     TABLES: tl.constexpr,
+    FILLED: tl.constexpr,
 ) -> None:
     """CHUNK slots to their places.
 
-    `next_place` is a table over the local experts: where an expert's next slot goes. With TABLES =
-    IN_MEMORY it is a pointer to where each starts, `end` one to its count, and these are all the
-    slots there are: an expert's last one fills the rest of its block.
+    `next_place` and `end` are tables over the local experts: where an expert's next slot goes, and
+    one past where its last one does. With TABLES = IN_MEMORY: pointers to where each starts, and to its
+    count. With FILLED = BY_SLOTS an expert's last slot fills the rest of its block.
     """
     one = tl.arange(0, CHUNK_PAD)
     slot = first_slot + one
@@ -72,16 +74,19 @@ def place_slots(
     if TABLES == IN_MEMORY:
         start = tl.load(next_place + entry)
         position = start + rank
-        last = placed & (rank + 1 == tl.load(end + entry))
+        end_place = start + tl.load(end + entry)
+    else:
+        position = tl.gather(next_place, entry, 0) + rank
+        end_place = tl.gather(end, entry, 0)
+    tl.store(slots_ptr + position, slot, mask=placed)
+    opens = placed & (position % BLOCK == 0)
+    tl.store(block_experts_ptr + position // BLOCK, local, mask=opens)
+    if FILLED == BY_SLOTS:
+        last = placed & (position + 1 == end_place)
         rest = position[:, None] + 1 + tl.arange(0, BLOCK)[None, :]
         block_end = (position // BLOCK + 1) * BLOCK
         filler = tl.full([CHUNK_PAD, BLOCK], 0, tl.int32) + num_slots
         tl.store(slots_ptr + rest, filler, mask=last[:, None] & (rest < block_end[:, None]))
-    else:
-        position = tl.gather(next_place, entry, 0) + rank
-    tl.store(slots_ptr + position, slot, mask=placed)
-    opens = placed & (position % BLOCK == 0)
-    tl.store(block_experts_ptr + position // BLOCK, local, mask=opens)
 
 
 @triton.jit
@@ -200,7 +205,8 @@ def place_kernel(
 ) -> None:
     """CHUNKS chunks of CHUNK slots: each slot to its place. Program 0 writes counts and offsets.
 
-    SCANNED: `scan_kernel` has written counts and `before`; CHUNKS is 1.
+    SCANNED: `scan_kernel` has written counts and `before`; CHUNKS is 1. FILLED: of how many experts a
+    program fills the last block, or BY_SLOTS.
     """
     program = tl.program_id(0)
     first_chunk = program * CHUNKS
@@ -230,7 +236,7 @@ def place_kernel(
             block_experts_ptr,
             ids_ptr,
             next_place,
-            next_place,
+            start + count,
             (first_chunk + step) * CHUNK,
             num_slots,
             first_local,
@@ -240,12 +246,14 @@ def place_kernel(
             OTHERS,
             BLOCK,
             IN_REGISTERS,
+            FILLED,
         )
         if CHUNKS > 1:
             at_chunk = chunk_counts_ptr + (first_chunk + step) * L_PAD + local
             here = is_local & (first_chunk + step < num_chunks)
             next_place += tl.load(at_chunk, mask=here, other=0).to(tl.int32)
-    fill_blocks(slots_ptr, start, count, num_slots, FILLED, BLOCK)
+    if FILLED != BY_SLOTS:
+        fill_blocks(slots_ptr, start, count, num_slots, FILLED, BLOCK)
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, program, tl.num_programs(0))
 
 

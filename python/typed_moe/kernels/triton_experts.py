@@ -25,6 +25,7 @@ from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._tile_file import own_table, tile_file, tile_file_refusal
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
@@ -85,7 +86,8 @@ class TritonKernel:
             units (compute capability 8.9 and above), "bits" as bfloat16 after a conversion in
             registers, with the intermediate in bfloat16. None: "native" where the card can. MX and FP4
             weights always become bfloat16 in registers; for them it is refused.
-        tile: for every call, whatever its size; None takes the card's from the table.
+        tile: for every call, whatever its size; None takes the card's from the table, or from the
+            file of `typed-moe tune` that TYPED_MOE_TILES names.
     """
 
     fp8: Literal["native", "bits"] | None = None
@@ -219,6 +221,10 @@ class TritonKernel:
                 f"fp8={self.fp8!r} says how FP8 with float32 scales is multiplied; {request.quant.name} "
                 "becomes bfloat16 in registers on every card; leave it out"
             )
+        if self.tile is None and tile_file() is not None:
+            wrong = tile_file_refusal(_card(request.device))
+            if wrong is not None:
+                return wrong
         if self.fp8 == "native" and not _has_fp8(request.device):
             return (
                 "fp8='native' asks for FP8 matrix units, which start at compute capability "
@@ -379,8 +385,13 @@ def _settings(
 
 @cache
 def _table(device: torch.device, operand: Operand) -> Table:
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return table_of(card, operand)
+    card = _card(device)
+    return own_table(card, operand) or table_of(card, operand)
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 @cache

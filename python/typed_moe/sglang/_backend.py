@@ -12,6 +12,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from typed_moe.errors import UnsupportedRouting
 from typed_moe.layer._checks import check_routing
 from typed_moe.routing import RoutingStrategy
 from typed_moe.runners import Plan
@@ -25,6 +26,7 @@ BACKEND = "typed_moe"
 """The name that `--moe-runner-backend` takes."""
 
 _MOE = "sglang.srt.layers.moe"
+_CORE = "run_moe_core"
 
 
 class _Named(Protocol):
@@ -69,6 +71,7 @@ def build_layer(
         return
     if routing is not None:
         check_routing(routing)
+    _refuse_own_core(layer)
     bound = inspect.signature(original).bind(layer, *args, **given).arguments
     given["quant_method"] = _method_class()(
         quant_config=bound.get("quant_config"),
@@ -81,6 +84,21 @@ def build_layer(
     original(layer, *args, **given)
     ours = cast("TypedMoeMethod", layer.quant_method)
     ours.finish(layer)
+
+
+def _refuse_own_core(layer: object) -> None:
+    """Refuse a subclass of SGLang's layer that runs its experts without its quantisation method.
+
+    Raises:
+        UnsupportedRouting: it is one, such as DeepEPMoE, which takes what DeepEP has dispatched.
+    """
+    plain = importlib.import_module(f"{_MOE}.fused_moe_triton.layer").FusedMoE
+    if getattr(type(layer), _CORE) is not getattr(plain, _CORE):
+        raise UnsupportedRouting(
+            f"{type(layer).__name__} runs its experts itself ({_CORE}), on tokens that its own "
+            "dispatcher has sent; typed-moe's runners are there for FusedMoE, with "
+            "--moe-a2a-backend none"
+        )
 
 
 def server_backend() -> str:

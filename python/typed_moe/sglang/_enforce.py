@@ -14,6 +14,7 @@ from torch import Tensor
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.runners import Plan
+from typed_moe.sglang._ahead import LayersAhead
 from typed_moe.sglang._layers import SglangExperts, layer_of
 from typed_moe.sglang._ours import (
     OurExperts,
@@ -44,10 +45,14 @@ class Enforcer:
 
     Args:
         library: the FlashInfer to call.
+
+    Attributes:
+        ahead: what is refused before a layer is called.
     """
 
     def __init__(self, library: Callable[[], FlashInferLibrary]) -> None:
         self._library = library
+        self.ahead = LayersAhead(library)
         self._made: WeakKeyDictionary[LayerLike, _Made] = WeakKeyDictionary()
 
     def plans(self) -> tuple[Plan, ...]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from typed_moe.config import Format, Placement
+from typed_moe.config import Format
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels import ExpertWeights, KernelRequest
 from typed_moe.routing import BiasRule, Routed, RoutingForm, RoutingShape, RoutingStrategy
 from typed_moe.runners import Decision, MoeRunner, Plan, decide, make_runner
 from typed_moe.sglang._activation import activation_of
 from typed_moe.sglang._agree import contradiction
+from typed_moe.sglang._layers import placement_of
 from typed_moe.sglang._methods import Agreement, compare_method
 from typed_moe.sglang._ours import RoutedBySglang, ids_of, is_bypassed
 from typed_moe.sglang._protocols import DispatchLike, TopKLike
@@ -318,18 +319,10 @@ class LayerExperts:
 
 
 def _request(layer: SeamLayerLike, config: ConfigLike, quant: Format) -> KernelRequest:
-    placement = Placement(
-        tp_size=layer.moe_tp_size,
-        tp_rank=layer.moe_tp_rank,
-        ep_size=layer.moe_ep_size,
-        ep_rank=layer.moe_ep_rank,
-    )
-    held = placement.num_local_experts(layer.num_experts)
-    if held != layer.num_local_experts:
-        raise UnsupportedRouting(
-            f"{layer.layer_name}: this rank holds {layer.num_local_experts} experts, where rank "
-            f"{layer.moe_ep_rank} of {layer.moe_ep_size} would hold {held} of {layer.num_experts}"
-        )
+    try:
+        placement = placement_of(layer)
+    except UnsupportedRouting as refused:
+        raise UnsupportedRouting(f"{layer.layer_name}: {refused}") from refused
     return KernelRequest(
         # A model whose TopK alone knows it, such as Llama 4, says it when it binds that.
         shape=RoutingShape(num_experts=layer.num_experts, top_k=config.top_k or 1),

@@ -202,22 +202,13 @@ def _experts(
     weights: ExpertWeights,
 ) -> SglangExperts:
     layer = layer_of(config)
-    if config.num_fused_shared_experts:
-        raise UnsupportedRouting(
-            f"{config.num_fused_shared_experts} shared experts are fused into SGLang's layer; only "
-            "layers without are read here (--disable-shared-experts-fusion)"
-        )
+    refuse_shared_experts(config)
     if dispatch.hidden_states_scale is not None:
         raise UnsupportedRouting(
             f"activations arrive as {dispatch.hidden_states.dtype}, quantised by the dispatcher; only "
             "those that the layer quantises are read here"
         )
-    placement = Placement(
-        tp_size=layer.moe_tp_size,
-        tp_rank=layer.moe_tp_rank,
-        ep_size=layer.moe_ep_size,
-        ep_rank=layer.moe_ep_rank,
-    )
+    placement = _placement(layer)
     held = placement.num_local_experts(info.global_num_experts)
     if (held, placement.local_expert_offset(info.global_num_experts)) != (
         widths.local_num_experts,
@@ -243,6 +234,44 @@ def _experts(
         ),
         weights=weights,
     )
+
+
+def refuse_shared_experts(config: RunnerConfigLike) -> None:
+    """Refuse a layer with shared experts in it.
+
+    Raises:
+        UnsupportedRouting: there are some.
+    """
+    if config.num_fused_shared_experts:
+        raise UnsupportedRouting(
+            f"{config.num_fused_shared_experts} shared experts are fused into SGLang's layer; only "
+            "layers without are read here (--disable-shared-experts-fusion)"
+        )
+
+
+def _placement(layer: LayerLike) -> Placement:
+    return Placement(
+        tp_size=layer.moe_tp_size,
+        tp_rank=layer.moe_tp_rank,
+        ep_size=layer.moe_ep_size,
+        ep_rank=layer.moe_ep_rank,
+    )
+
+
+def placement_of(layer: LayerLike) -> Placement:
+    """Which part of the experts a rank's layer holds.
+
+    Raises:
+        UnsupportedRouting: not its even share.
+    """
+    placement = _placement(layer)
+    held = placement.num_local_experts(layer.num_experts)
+    if held != layer.num_local_experts:
+        raise UnsupportedRouting(
+            f"this rank holds {layer.num_local_experts} experts; rank {layer.moe_ep_rank} of "
+            f"{layer.moe_ep_size} would hold {held} of {layer.num_experts}"
+        )
+    return placement
 
 
 def activation_of(config: RunnerConfigLike) -> Activation:

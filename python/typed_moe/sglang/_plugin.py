@@ -7,6 +7,7 @@ makes its first MoE layer; if not even that place can be hooked, the process is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -21,6 +22,7 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
+from typed_moe.sglang._ahead import EnforcedLayerLike, runs_trtllm
 from typed_moe.sglang._backend import around_packed, bind_topk, build_layer, offer_backend
 from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
@@ -44,6 +46,9 @@ _TRTLLM = f"{_MOE}.moe_runner.flashinfer_trtllm"
 _PACKED = f"{_MOE}.moe_runner.triton_utils.fused_moe.fused_moe"
 _FP8 = f"{_TRTLLM}.fused_experts_none_to_flashinfer_trtllm_fp8"
 
+HOOKED = (_LAYER, _BIND, _PACKED)
+"""What SGLang's registry wraps when it loads its plugins."""
+
 Kind = Literal["AROUND", "AFTER"]
 _Read = Callable[[object, RunnerConfigLike, DispatchLike, int], SglangExperts]
 
@@ -58,7 +63,9 @@ KERNEL_FUNCTIONS: Mapping[str, _Read] = MappingProxyType(
 """SGLang's functions that build the arguments of a trtllm kernel, and how their payload is read.
 
 They are looked up where they are called, so a hook on them covers every registered pair of
-dispatcher and backend, and ModelOpt's FP8 method, which calls the first by itself.
+dispatcher and backend, and ModelOpt's FP8 method, which calls the first by itself. Nothing holds them
+under another name, so they are hooked when a layer first needs them: SGLang's registry would import
+their module in every process, and look through every module for each of them.
 """
 
 
@@ -70,6 +77,23 @@ class Hook:
     target: str
     kind: Kind
     function: object
+
+    def put(self) -> None:
+        """Wrap the module's function as it stands now, whoever has wrapped it before.
+
+        Raises:
+            AttributeError, ImportError: SGLang has no such function.
+        """
+        module, name = self.target.rsplit(".", 1)
+        owner = importlib.import_module(module)
+        original = cast("Function", getattr(owner, name))
+        hook = cast("Function", self.function)
+
+        @functools.wraps(original)
+        def around(*args: object, **kwargs: object) -> object:
+            return hook(original, *args, **kwargs)
+
+        setattr(owner, name, around)
 
     def taken(self) -> bool:
         """Whether SGLang's attribute still leads to the hook, through whatever else wraps it."""
@@ -103,16 +127,12 @@ class Plugin:
         self.enforcer: Enforcer = enforcer
         self._configs: dict[int | None, list[TopKConfigLike]] = {}
         self._checked = False
-        kernels = [
-            Hook(target=target, kind="AROUND", function=self._around_kernel(read))
-            for target, read in KERNEL_FUNCTIONS.items()
-        ]
         self.hooks: tuple[Hook, ...] = (
             Hook(target=_LAYER, kind="AROUND", function=self._around_layer),
             Hook(target=_BIND, kind="AFTER", function=self._after_bind),
             Hook(target=_PACKED, kind="AROUND", function=around_packed),
-            *kernels,
         )
+        self.kernels: tuple[Hook, ...] = ()
 
     def register(self) -> None:
         """Give the hooks to SGLang, which puts them in place when all plugins have run."""
@@ -127,15 +147,34 @@ class Plugin:
         Raises:
             UnsupportedRouting: SGLang lacks the place, or something else has taken it.
         """
-        missing = [hook.target for hook in self.hooks if not _taken(hook)]
+        self._refuse_missing([hook.target for hook in self.hooks if not _taken(hook)])
+        self._check_settings()
+        self._checked = True
+
+    def _refuse_missing(self, missing: list[str]) -> None:
         if missing:
             raise UnsupportedRouting(
                 f"typed-moe's hooks are not in place in SGLang {_release()} ({', '.join(missing)}): "
                 f"it is tested with {TESTED}, and another plugin may have replaced them. Set "
                 f"{VARIABLE}=off to serve without typed-moe"
             )
-        self._check_settings()
-        self._checked = True
+
+    def hook_kernels(self) -> None:
+        """Put the hooks on `KERNEL_FUNCTIONS`, once in a process.
+
+        Raises:
+            UnsupportedRouting: SGLang lacks one of them.
+        """
+        if self.kernels:
+            return
+        hooks = [
+            Hook(target=target, kind="AROUND", function=self._around_kernel(read))
+            for target, read in KERNEL_FUNCTIONS.items()
+        ]
+        self._refuse_missing([hook.target for hook in hooks if not _is_there(hook)])
+        for hook in hooks:
+            hook.put()
+        self.kernels = tuple(hooks)
 
     def _check_settings(self) -> None:
         """Refuse to route by settings that another SGLang has added, or no longer has.
@@ -167,9 +206,12 @@ class Plugin:
         if not self._checked:
             self.check_hooks()
         build_layer(original, layer, args, kwargs)
+        if runs_trtllm(cast("EnforcedLayerLike", layer)):
+            self.hook_kernels()
         if self.mode is Mode.ENFORCE:
             # Our runners give finished sums; the model asks before it takes unfinished ones.
             layer.supports_deferred_finalize = False
+            self.enforcer.ahead.made(cast("EnforcedLayerLike", layer))
 
     def _after_bind(
         self,
@@ -182,6 +224,8 @@ class Plugin:
         method = _method_name(topk, routing_method_type)
         self.observer.bound(topk, method)
         bind_topk(topk, runner_backend, method)
+        if self.mode is Mode.ENFORCE:
+            self.enforcer.ahead.bound(topk, method)
         known = self._configs.setdefault(topk.topk_config.layer_id, [])
         if not any(topk.topk_config is one for one in known):  # binding twice is allowed
             known.append(topk.topk_config)
@@ -219,23 +263,25 @@ class Plugin:
             *args: object,
             **kwargs: object,
         ) -> object:
-            def experts(dispatch: DispatchLike, top_k: int) -> SglangExperts:
-                return read(quant_info, runner_config, dispatch, top_k)
-
             if self.mode is Mode.ENFORCE:
                 given = _materialised(self._restored(dispatch_output), read)
-                return self.enforcer.call(experts, quant_info, runner_config, given)
+                return self.enforcer.call(
+                    functools.partial(read, quant_info, runner_config),
+                    quant_info,
+                    runner_config,
+                    given,
+                )
+            if not self.observer.wants(runner_config, dispatch_output):
+                return original(dispatch_output, quant_info, runner_config, *args, **kwargs)
 
             def call() -> object:
                 return original(dispatch_output, quant_info, runner_config, *args, **kwargs)
-
-            if not self.observer.wants(runner_config, dispatch_output):
-                return call()
 
             try:
                 restored = self._restored(dispatch_output)
             except UnsupportedRouting:
                 return call()  # nothing to compare with; SGLang's own call needs no settings
+            experts = functools.partial(read, quant_info, runner_config)
             return self.observer.observe(experts, runner_config, restored, call)
 
         return hook
@@ -290,6 +336,14 @@ def _taken(hook: Hook) -> bool:
     try:
         return hook.taken()
     except (ImportError, AttributeError):
+        return False
+
+
+def _is_there(hook: Hook) -> bool:
+    module, name = hook.target.rsplit(".", 1)
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
         return False
 
 
