@@ -16,7 +16,8 @@ from typed_moe.cli._bench_card import measure_card
 from typed_moe.cli._bench_clock import CudaClocks, cuda_clocks, poisoned
 from typed_moe.cli._bench_shapes import layer_shapes
 from typed_moe.cli._progress import Steps
-from typed_moe.cli._tune import Grid, Tuner, limits_of
+from typed_moe.cli._tune import Tuner
+from typed_moe.cli._tune_grid import Grid, limits_of
 from typed_moe.config import Bf16
 
 pytestmark = [

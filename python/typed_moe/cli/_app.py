@@ -334,18 +334,28 @@ def tune_command(
         ),
     ] = None,
     tokens: _Tokens = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            help="Processes that compile; as many as cores and the card's memory have room for.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Search the Triton expert kernels' tiles for this GPU, and write them to a file.
 
     Whole layers are timed over the shapes, formats and T that are asked for. A tile that does not fit the
     card is left out, and so is one whose output is another than the built-in tile's. The file is used
-    where TYPED_MOE_TILES names it. Minutes for each T, most of them compiling.
+    where TYPED_MOE_TILES names it. A minute or more for each T,
+    most of it compiling.
     """
     options = TuneOptions(
         out=out,
         models=tuple(model or ()),
         formats=tuple(quant or ()),
         tokens=tuple(tokens or ()),
+        jobs=jobs,
     )
     run_tune(options, Steps(), stdout())
 
