@@ -12,8 +12,13 @@ from typing import Literal, final
 
 import attrs
 
-Operand = Literal["bf16", "fp8"]
+Operand = Literal["bf16", "fp8", "mxfp8", "fp4"]
 """What the weights are stored in: it is their loading that a tile is made for."""
+
+_BYTES: Mapping[Operand, tuple[float, float]] = MappingProxyType(
+    {"bf16": (2, 2), "fp8": (1, 1), "mxfp8": (2, 1 + 1 / 32), "fp4": (2, 1 / 2 + 1 / 16)}
+)
+"""Of a value of x and of a weight, its scale's part with it (for FP4 NVFP4's, which has more)."""
 
 
 @final
@@ -28,7 +33,8 @@ class GemmTile:
         group_m: blocks of rows that run side by side over all columns, so that they share the
             weights in the L2 cache.
         tma: tiles are copied by the card's tensor memory accelerator, compute capability 9.0 and
-            above; their descriptors cost the host some microseconds per call.
+            above; their descriptors cost the host some microseconds per call. MX and FP4 weights are
+            loaded without it.
     """
 
     block_n: int
@@ -61,9 +67,9 @@ class ExpertTile:
 
     def shared_memory(self, operand: Operand, *, gated: bool) -> int:
         """Bytes that the deeper of the two pipelines keeps in shared memory."""
-        size = 2 if operand == "bf16" else 1
+        row, weight = _BYTES[operand]
         return max(
-            tile.stages * tile.block_k * size * (rows + halves * tile.block_n)
+            int(tile.stages * tile.block_k * (row * rows + weight * halves * tile.block_n))
             for tile, rows, halves in (
                 (self.first, self.block_m, 2 if gated else 1),
                 (self.second, self.second_rows, 1),
@@ -173,6 +179,74 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ),
             ),
         ),
+        "mxfp8": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                ),
+            ),
+            (
+                32,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                96,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                ),
+            ),
+        ),
+        "fp4": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
+                ),
+            ),
+            (
+                32,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=4),
+                ),
+            ),
+            (
+                96,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                ),
+            ),
+        ),
     }
 )
 """H100, from a sweep over Qwen3-30B-A3B and 32 experts of DeepSeek-V3 (docs/performance.md), and H200."""
@@ -230,6 +304,58 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
                     # byte of a weight is converted in them.
                     first=GemmTile(block_n=32, block_k=128, warps=4, stages=3, group_m=8),
                     second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                ),
+            ),
+        ),
+        "mxfp8": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                64,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=2, group_m=8),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=8),
+                ),
+            ),
+        ),
+        "fp4": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                ),
+            ),
+            (
+                64,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=2, group_m=8),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=8),
                 ),
             ),
         ),

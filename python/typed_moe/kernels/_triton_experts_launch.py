@@ -5,6 +5,8 @@ Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import attrs
 import torch
 import triton
@@ -22,6 +24,7 @@ from typed_moe.kernels._triton_experts import (
     second_kernel,
 )
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
+from typed_moe.kernels._triton_widen import widen_kernel
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
@@ -30,7 +33,36 @@ _GROUP = 128
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
     """(T * k, H) bfloat16: each slot's expert's output; rows of no local expert are not written."""
     with on_device(operands.hidden.device):
+        if operands.group:
+            operands = attrs.evolve(operands, hidden=widen(operands), hidden_scale=None)
         return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
+
+
+def widen(operands: Operands) -> Tensor:
+    """(T, H) bfloat16: a record's activations times their scales; even columns first for FP4 weights."""
+    x, scale = operands.hidden, operands.hidden_scale
+    tokens, width = x.shape[0], operands.second.shape[1]
+    form = "bf16" if scale is None else "mxfp8" if scale.dtype is torch.uint8 else "nvfp4"
+    if form == "bf16" and operands.pack == 1:
+        return x
+    out = torch.empty((tokens, width), dtype=torch.bfloat16, device=x.device)
+    if tokens == 0:
+        return out
+    block = 512
+    widen_kernel[(tokens, triton.cdiv(width, block * operands.pack))](
+        x if scale is None else x.view(torch.uint8),
+        x if scale is None else scale.view(torch.uint8),
+        out,
+        x.stride(0),
+        0 if scale is None else scale.stride(0),
+        H=width,
+        FORMAT=form,
+        PACK=operands.pack,
+        BLOCK=block,
+        num_warps=4,
+        **follows(x.device),
+    )
+    return out
 
 
 def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
@@ -91,13 +123,29 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
     return data, scale
 
 
-def quantizes(tile: ExpertTile, fp8: Fp8) -> bool:
-    """Whether the first product writes the intermediate in float8_e4m3fn: its tile has a whole group."""
-    return fp8 == "native" and tile.first.block_n == _GROUP
+def quantizes(operands: Operands, tile: ExpertTile) -> Literal["none", "tensor", "group"]:
+    """Whether the first product writes float8_e4m3fn: its scale is static, or its tile a whole group."""
+    if operands.fp8 != "native":
+        return "none"  # bfloat16 is closer to exact arithmetic than any format asks for
+    if operands.scales == "plain":
+        return "tensor"
+    return "group" if tile.first.block_n == _GROUP else "none"
 
 
 def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
     return tensor.view(torch.uint8) if fp8 == "bits" else tensor
+
+
+def _matrix(matrix: Tensor, operands: Operands) -> Tensor:
+    """A matrix's elements as the kernels load them."""
+    return matrix.view(torch.uint8) if operands.group else _bytes(matrix, operands.fp8)
+
+
+def _scales(scale: Tensor | None, operands: Operands) -> Tensor:
+    """A matrix's scales likewise, or a pointer for a kernel that will not read it."""
+    if scale is None:
+        return operands.hidden
+    return scale.view(torch.uint8) if operands.group else scale
 
 
 def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescriptor:
@@ -108,11 +156,23 @@ def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescript
     return TensorDescriptor.from_tensor(flat, [rows, gemm.block_k])
 
 
-def _gemm(tile: GemmTile, matrix: Tensor) -> GemmTile:
-    """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need."""
-    if tile.tma and matrix.data_ptr() % 16:
+def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
+    """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need.
+
+    And for weights that have a scale for every few values: they are taken apart in registers.
+    """
+    if tile.tma and (operands.group or matrix.data_ptr() % 16):
         return attrs.evolve(tile, tma=False)
     return tile
+
+
+def _early(operands: Operands, gemm: GemmTile, width: int) -> bool:
+    """Whether a step's scales are too few, or stand too crookedly, for loads of four bytes a thread."""
+    if not operands.group:
+        return False
+    in_row = gemm.block_k // operands.group
+    crooked = in_row % 4 != 0 or width // operands.group % 4 != 0
+    return crooked or gemm.block_n * in_row < 4 * 32 * gemm.warps
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -125,28 +185,31 @@ def first(
 ) -> tuple[Tensor, Tensor | None]:
     """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised.
 
-    Quantised by the product where its tile has a whole group of 128, and by one more launch otherwise.
+    Quantised by the product where its scale is static or its tile has a whole group of 128, and by one
+    more launch otherwise.
     """
     x, scale, local = operands.hidden, operands.hidden_scale, slots.sorted
-    gemm = _gemm(tile.first, operands.first)
-    width, places = operands.second.shape[2], local.slots.shape[0]
-    fused = quantizes(tile, operands.fp8)
-    dtype = torch.float8_e4m3fn if fused else torch.bfloat16
+    gemm = _gemm(tile.first, operands.first, operands)
+    width, places = operands.width, local.slots.shape[0]
+    fused, outputs = quantizes(operands, tile), operands.outputs
+    dtype = torch.bfloat16 if fused == "none" else torch.float8_e4m3fn
     hidden = torch.empty((places, width), dtype=dtype, device=x.device)
     hidden_scale = None
-    if fused:
+    if fused == "group":
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
         _or(scale, x),
-        _tiles(_bytes(operands.first, operands.fp8), gemm.block_n, gemm),
-        _or(operands.first_scale, x),
+        _tiles(_matrix(operands.first, operands), gemm.block_n, gemm),
+        _scales(operands.first_scale, operands),
         _or(experts.gemm1_bias, x),
         slots.weights,
         _or(experts.gemm1_alpha, x),
         _or(experts.gemm1_beta, x),
         _or(experts.gemm1_clamp_limit, x),
+        x if outputs is None else outputs.first,
+        x if outputs is None else outputs.stored,
         hidden,
         _or(hidden_scale, x),
         local.slots,
@@ -165,8 +228,13 @@ def first(
         HAS_BETA=experts.gemm1_beta is not None,
         HAS_LIMIT=experts.gemm1_clamp_limit is not None,
         HAS_BIAS=experts.gemm1_bias is not None,
+        HAS_OUTPUT_SCALE=outputs is not None,
         ON_INPUT=slots.on_input,
         FP8=operands.fp8,
+        WEIGHTS=operands.scales,
+        GROUP=operands.group,
+        PACK=operands.pack,
+        EARLY=_early(operands, gemm, x.shape[1]),
         SCALED=scale is not None,
         QUANTIZE=fused,
         BLOCK_M=tile.block_m,
@@ -179,7 +247,7 @@ def first(
         num_stages=gemm.stages,
         **follows(x.device),
     )
-    if operands.fp8 == "native" and not fused:
+    if operands.fp8 == "native" and fused == "none":
         return quantize(hidden, slots)
     return hidden, hidden_scale
 
@@ -192,18 +260,20 @@ def second(
     intermediate: tuple[Tensor, Tensor | None],
 ) -> Tensor:
     """(T * k, H) bfloat16 from what `first` gave."""
-    local, gemm = slots.sorted, _gemm(tile.second, operands.second)
+    local, outputs = slots.sorted, operands.outputs
+    gemm = _gemm(tile.second, operands.second, operands)
     hidden, hidden_scale = intermediate
-    _, height, width = operands.second.shape
+    height, width = operands.second.shape[1], operands.width
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
     parts = tile.block_m // tile.second_rows
     blocks = local.block_experts.shape[0] * parts
     second_kernel[(blocks * triton.cdiv(height, gemm.block_n),)](
         _tiles(hidden, tile.second_rows, gemm),
         _or(hidden_scale, hidden),
-        _tiles(_bytes(operands.second, operands.fp8), gemm.block_n, gemm),
-        _or(operands.second_scale, hidden),
+        _tiles(_matrix(operands.second, operands), gemm.block_n, gemm),
+        _scales(operands.second_scale, operands),
         _or(experts.gemm2_bias, hidden),
+        hidden if outputs is None else outputs.second,
         out,
         local.slots,
         local.block_experts,
@@ -212,7 +282,12 @@ def second(
         H=height,
         I=width,
         HAS_BIAS=experts.gemm2_bias is not None,
+        HAS_OUTPUT_SCALE=outputs is not None,
         FP8=operands.fp8,
+        WEIGHTS=operands.scales,
+        GROUP=operands.group,
+        PACK=operands.pack,
+        EARLY=_early(operands, gemm, width),
         SCALED=hidden_scale is not None,
         PARTS=parts,
         BLOCK_M=tile.second_rows,
