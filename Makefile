@@ -106,7 +106,8 @@ test-sglang: $(SGLANG_VENV)/.test  ## the tests against the real SGLang, on a ma
 # Triton's interpreter runs the kernels on a CPU. Triton is in SGLang's environment, which needs it.
 test-triton: $(SGLANG_VENV)/.test  ## the Triton kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default -q \
-	    --numprocesses $(JOBS) tests/kernels/test_fused_routing.py tests/kernels/test_triton_experts.py
+	    --numprocesses $(JOBS) tests/kernels/test_fused_routing.py tests/kernels/test_triton_experts.py \
+	    tests/cli/test_tune.py
 
 clean:  ## remove the environments and every cache
 	rm -rf $(VENV) $(SGLANG_VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

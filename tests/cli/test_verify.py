@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tests.cli.calls import Cli, items, number, part
-from typed_moe.cli import _verify, _verify_cases
+from typed_moe.cli import _verify, _verify_cases, _verify_kernels
 from typed_moe.cli._strategies import strategy_classes
 from typed_moe.cli._verify_kernels import Found, Reference, Weighing, kernels_of
 from typed_moe.config import FORMATS, Activation, Bf16, Format, Fp8BlockScale, Nvfp4, Swiglu
@@ -22,6 +23,7 @@ from typed_moe.kernels import (
     MoeKernel,
     ReferenceKernel,
     Routing,
+    TritonKernel,
     Unfinalized,
     UnfinalizedRules,
 )
@@ -98,12 +100,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(_verify, "FORMATS", SOME_FORMATS)
     monkeypatch.setattr(_verify, "STRATEGIES", SOME_STRATEGIES)
     found = Found(sources=(Reference(),))
-    monkeypatch.setattr(_verify, "kernels_of", lambda device: found)
+    monkeypatch.setattr(_verify, "kernels_of", lambda device, names: found)
     return monkeypatch
 
 
 def _run(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_verify, "kernels_of", lambda device: found)
+    monkeypatch.setattr(_verify, "kernels_of", lambda device, names: found)
 
 
 def test_every_strategy_and_format_is_verified() -> None:
@@ -211,6 +213,65 @@ def test_a_device_that_is_not_there(device: str, cli: Cli) -> None:
     assert done.out == ""
     assert done.err.startswith(f"error: --device is '{device}'")
     assert done.err.count("\n") == 1
+
+
+def test_a_kernel_that_leaves_rows_unwritten_fails(cli: Cli, small: pytest.MonkeyPatch) -> None:
+    """Memory that is handed out is NaN, so that an old result cannot stand in for a new one."""
+
+    class Unwritten(Scaled):
+        @override
+        def __call__(self, args: MoeArgs, /) -> Tensor:
+            made = super().__call__(args)
+            output = torch.empty_like(made)
+            output[:-1] = made[:-1]
+            return output
+
+    source = ScaledSource(1.0)
+    source._made = Unwritten(1.0, ())
+    _run(Found(sources=(source,)), small)
+    done = cli("verify", "--device", "cpu", "--json")
+
+    assert done.status == 1
+    assert part(done.json(), "counts")["passed"] == 0
+
+
+@pytest.mark.parametrize("name", ["cutlass", ""])
+def test_a_kernel_that_there_is_none_of(name: str, cli: Cli) -> None:
+    done = cli("verify", "--device", "cpu", "--kernel", name)
+
+    assert done.status == 2
+    assert done.err == (f"error: --kernel is {name!r}; allowed: reference, flashinfer, triton\n")
+
+
+def test_one_kernel_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that does not run here is absent with the reason, and a failure if it was alone."""
+    monkeypatch.setattr(_verify, "FORMATS", (Bf16(),))
+    monkeypatch.setattr(_verify, "STRATEGIES", (Renormalize(),))
+    done = cli("verify", "--device", "cpu", "--kernel", "reference", "--json")
+    assert done.status == 0
+    assert {row["kernel"] for row in items(done.json(), "rows")} == {"reference"}
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    alone = cli("verify", "--device", "cpu", "--kernel", "triton", "--json")
+    assert alone.status == 1
+    (absent,) = items(alone.json(), "absent")
+    assert absent["kernel"] == "triton"
+    assert "Triton" in str(absent["reason"]) or "CUDA" in str(absent["reason"])
+
+
+def test_a_gpu_has_flashinfers_kernels_and_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FlashInfer refuses the card, Triton's still run, and the report says why alone."""
+    refused = Refused("this GPU is SM90")
+    monkeypatch.setattr(_verify_kernels, "installed_flashinfer", lambda device: refused)
+    monkeypatch.setattr(_verify_kernels, "fused_routing_refusal", lambda device: None)
+    found = kernels_of(torch.device("cuda"))
+
+    assert [source.name for source in found.sources] == ["triton"]
+    assert found.absent == (("flashinfer", "this GPU is SM90"),)
+    assert isinstance(found.sources[0].kernel(), TritonKernel)
+    reference = kernels_of(torch.device("cuda"), ("reference",))
+    assert reference.sources == ()
+    assert "says nothing of a GPU" in reference.absent[0][1]
 
 
 def test_flashinfers_references_are_verified_where_it_is_installed(

@@ -23,7 +23,11 @@ from typed_moe import (
     DeepSeekV3,
     Format,
     Fp8BlockScale,
+    Fp8PerTensor,
     FusedMoE,
+    MxFp4,
+    MxFp8,
+    Nvfp4,
     Placement,
     RenormalizeNaive,
     RoutingForm,
@@ -329,10 +333,24 @@ def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
             (f"{number}.down_proj.weight", experts.down[number]),
         ]
     layer.load_weights(weights)
+    # On the CPU, where the reference kernel watches the intermediate; for static scales alone.
+    layer.calibrate(torch.randn(64, HIDDEN).bfloat16(), torch.randn(64, EXPERTS))
     return layer.cuda()
 
 
-FORMATS = pytest.mark.parametrize("quant", [Bf16(), Fp8BlockScale()], ids=lambda quant: quant.name)
+FORMATS = pytest.mark.parametrize(
+    "quant",
+    [
+        Bf16(),
+        Fp8PerTensor(),
+        Fp8BlockScale(),
+        MxFp8(),
+        MxFp4(),
+        MxFp4(activation="mxfp8"),
+        Nvfp4(),
+    ],
+    ids=repr,
+)
 FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
 
 

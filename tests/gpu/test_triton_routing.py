@@ -177,10 +177,13 @@ def test_slots(case: Case, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("case_id", ["Renormalize", "DeepSeekV3-8of4", "GroupedSoftmax-max"])
-@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("scan", [1, 2**30])
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 70), (4, 70), (16, 700)])
-def test_slots_with_any_tile(case_id: str, overlap: int, rows: int, tokens: int) -> None:
-    """Whatever the tile, and with the second launch starting during the first."""
+def test_slots_with_any_tile(
+    case_id: str, overlap: bool, scan: int, rows: int, tokens: int
+) -> None:
+    """Whatever the tile and the number of launches, and with each starting during the one before."""
     from typed_moe.kernels import _triton_launch as launch
 
     if overlap and torch.cuda.get_device_capability() < (9, 0):
@@ -188,7 +191,7 @@ def test_slots_with_any_tile(case_id: str, overlap: int, rows: int, tokens: int)
     case = find(case_id)
     fused = _fused(case)
     request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
-    tile = launch.Tile(rows=rows, warps=rows, whole=0, overlap=overlap)
+    tile = launch.Tile(rows=rows, warps=rows, whole=0, overlap=overlap, scan=scan)
     for _ in range(20):
         logits, bias = torch.randn(tokens, case.num_experts, device="cuda"), _cuda(case.bias())
         ids, weights, slots = launch.route(fused.settings, logits, bias, request, tile)

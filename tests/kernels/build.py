@@ -57,6 +57,17 @@ KINDS: dict[oracle.Kind, ActivationType] = {
 EXPERTS, HIDDEN, WIDTH, TOKENS = 6, 256, 128, 24
 
 
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """Of a record."""
+
+    experts: int = EXPERTS
+    hidden: int = HIDDEN
+    width: int = WIDTH
+    tokens: int = TOKENS
+    top_k: int = 2
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Record:
     """A record without its routing, and the same layer for the oracle."""
@@ -68,18 +79,18 @@ class Record:
     rounding: Callable[[Tensor], Tensor]
 
 
-def expert_args(act: oracle.Act, count: int = EXPERTS, top_k: int = 2) -> ExpertArgs:
+def expert_args(act: oracle.Act, size: Sizes) -> ExpertArgs:
     """The constant half of a record for a rank that holds every expert."""
 
     def vector(value: float | None) -> Tensor | None:
-        return None if value is None else torch.full((count,), value)
+        return None if value is None else torch.full((size.experts,), value)
 
     return ExpertArgs(
-        num_experts=count,
-        top_k=top_k,
-        intermediate_size=WIDTH,
+        num_experts=size.experts,
+        top_k=size.top_k,
+        intermediate_size=size.width,
         local_expert_offset=0,
-        local_num_experts=count,
+        local_num_experts=size.experts,
         activation_type=KINDS[act.kind],
         gemm1_alpha=vector(act.alpha),
         gemm1_beta=vector(act.beta),
@@ -105,25 +116,26 @@ def from_logits(logits: Tensor, method: str = "Renormalize", *, on_input: bool =
     )
 
 
-def record(name: RecordName, act: oracle.Act) -> Record:
+def record(name: RecordName, act: oracle.Act, size: Sizes | None = None) -> Record:
     """A random record."""
-    makers: dict[RecordName, Callable[[oracle.Act], Record]] = {
+    size = Sizes() if size is None else size
+    makers: dict[RecordName, Callable[[oracle.Act, Sizes], Record]] = {
         "bf16": _bf16,
         "fp8_per_tensor": _per_tensor,
         "fp8_per_channel": _per_channel,
         "fp8_block": _block,
         "mxfp8": _mxfp8,
         "nvfp4": _nvfp4,
-        "mxfp4_bf16": lambda wanted: _mxfp4(wanted, mx_activation=False),
-        "mxfp4_mxfp8": lambda wanted: _mxfp4(wanted, mx_activation=True),
+        "mxfp4_bf16": lambda wanted, of: _mxfp4(wanted, of, mx_activation=False),
+        "mxfp4_mxfp8": lambda wanted, of: _mxfp4(wanted, of, mx_activation=True),
         "mxint4": _mxint4,
     }
-    return makers[name](act)
+    return makers[name](act, size)
 
 
-def rows_of(act: oracle.Act) -> int:
+def rows_of(act: oracle.Act, size: Sizes) -> int:
     """M: rows of the first matrix."""
-    return 2 * WIDTH if act.gated else WIDTH
+    return 2 * size.width if act.gated else size.width
 
 
 def _experts(first: Tensor, second: Tensor, act: oracle.Act) -> oracle.Experts:
@@ -131,14 +143,14 @@ def _experts(first: Tensor, second: Tensor, act: oracle.Act) -> oracle.Experts:
     return oracle.Experts(up=up, down=second, gate=gate)
 
 
-def _bf16(act: oracle.Act) -> Record:
-    x = torch.randn(TOKENS, HIDDEN).bfloat16()
-    first = (torch.randn(EXPERTS, rows_of(act), HIDDEN) / 8).bfloat16()
-    second = (torch.randn(EXPERTS, HIDDEN, WIDTH) / 8).bfloat16()
+def _bf16(act: oracle.Act, size: Sizes) -> Record:
+    x = torch.randn(size.tokens, size.hidden).bfloat16()
+    first = (torch.randn(size.experts, rows_of(act, size), size.hidden) / 8).bfloat16()
+    second = (torch.randn(size.experts, size.hidden, size.width) / 8).bfloat16()
     return Record(
         make=lambda routing: Bf16MoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             gemm1_weights=first,
             gemm2_weights=second,
@@ -160,10 +172,13 @@ def _scales(*shape: int) -> Tensor:
     return torch.exp2(torch.randn(*shape) - 9)
 
 
-def _per_tensor(act: oracle.Act) -> Record:
-    x, x_scale, h_scale = _fp8(TOKENS, HIDDEN), torch.tensor(0.011), torch.tensor(0.07)
-    first, second = _fp8(EXPERTS, rows_of(act), HIDDEN), _fp8(EXPERTS, HIDDEN, WIDTH)
-    s1, s2 = _scales(EXPERTS), _scales(EXPERTS)
+def _per_tensor(act: oracle.Act, size: Sizes) -> Record:
+    x, x_scale, h_scale = _fp8(size.tokens, size.hidden), torch.tensor(0.011), torch.tensor(0.07)
+    first, second = (
+        _fp8(size.experts, rows_of(act, size), size.hidden),
+        _fp8(size.experts, size.hidden, size.width),
+    )
+    s1, s2 = _scales(size.experts), _scales(size.experts)
     gate_scale = s1 * x_scale
 
     def rounding(hidden: Tensor) -> Tensor:
@@ -172,10 +187,10 @@ def _per_tensor(act: oracle.Act) -> Record:
     return Record(
         make=lambda routing: Fp8PerTensorMoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             gemm1_weights=first,
-            output1_scales_scalar=(gate_scale if act.gated else torch.ones(EXPERTS)) / h_scale,
+            output1_scales_scalar=(gate_scale if act.gated else torch.ones(size.experts)) / h_scale,
             output1_scales_gate_scalar=gate_scale,
             gemm2_weights=second,
             output2_scales_scalar=s2 * h_scale,
@@ -191,11 +206,14 @@ def _per_tensor(act: oracle.Act) -> Record:
     )
 
 
-def _per_channel(act: oracle.Act) -> Record:
-    x, x_scale = _fp8(TOKENS, HIDDEN), _scales(TOKENS, 1)
-    first, second = _fp8(EXPERTS, rows_of(act), HIDDEN), _fp8(EXPERTS, HIDDEN, WIDTH)
-    s1, s2 = _scales(EXPERTS, rows_of(act)), _scales(EXPERTS, HIDDEN)
-    e1, e2 = torch.rand(EXPERTS) + 0.5, torch.rand(EXPERTS) + 0.5
+def _per_channel(act: oracle.Act, size: Sizes) -> Record:
+    x, x_scale = _fp8(size.tokens, size.hidden), _scales(size.tokens, 1)
+    first, second = (
+        _fp8(size.experts, rows_of(act, size), size.hidden),
+        _fp8(size.experts, size.hidden, size.width),
+    )
+    s1, s2 = _scales(size.experts, rows_of(act, size)), _scales(size.experts, size.hidden)
+    e1, e2 = torch.rand(size.experts) + 0.5, torch.rand(size.experts) + 0.5
 
     def rounding(hidden: Tensor) -> Tensor:
         scale = hidden.abs().amax(dim=1, keepdim=True) / 448
@@ -207,12 +225,12 @@ def _per_channel(act: oracle.Act) -> Record:
     return Record(
         make=lambda routing: Fp8PerChannelMoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             hidden_states_scale=x_scale,
             gemm1_weights=first,
             gemm1_per_channel_weight_scale=s1,
-            output1_scale_scalar=e1 if act.gated else torch.ones(EXPERTS),
+            output1_scale_scalar=e1 if act.gated else torch.ones(size.experts),
             output1_scale_gate_scalar=e1,
             gemm2_weights=second,
             gemm2_per_channel_weight_scale=s2,
@@ -230,11 +248,14 @@ def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
     return scale.double().repeat_interleave(rows, dim=-2).repeat_interleave(columns, dim=-1)
 
 
-def _block(act: oracle.Act) -> Record:
-    x, x_scale = _fp8(TOKENS, HIDDEN), _scales(TOKENS, HIDDEN // 128)
-    first, second = _fp8(EXPERTS, rows_of(act), HIDDEN), _fp8(EXPERTS, HIDDEN, WIDTH)
-    s1 = _scales(EXPERTS, rows_of(act) // 128, HIDDEN // 128)
-    s2 = _scales(EXPERTS, HIDDEN // 128, WIDTH // 128)
+def _block(act: oracle.Act, size: Sizes) -> Record:
+    x, x_scale = _fp8(size.tokens, size.hidden), _scales(size.tokens, size.hidden // 128)
+    first, second = (
+        _fp8(size.experts, rows_of(act, size), size.hidden),
+        _fp8(size.experts, size.hidden, size.width),
+    )
+    s1 = _scales(size.experts, rows_of(act, size) // 128, size.hidden // 128)
+    s2 = _scales(size.experts, size.hidden // 128, size.width // 128)
 
     def rounding(hidden: Tensor) -> Tensor:
         groups = hidden.reshape(-1, 128)
@@ -244,7 +265,7 @@ def _block(act: oracle.Act) -> Record:
     return Record(
         make=lambda routing: Fp8BlockMoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             hidden_states_scale=x_scale.T,
             gemm1_weights=first,
@@ -275,15 +296,18 @@ def round_mx(hidden: Tensor) -> Tensor:
     return (grids.nearest(groups / scale, grids.E4M3) * scale).reshape(hidden.shape)
 
 
-def _mxfp8(act: oracle.Act) -> Record:
-    x, x_scale = _fp8(TOKENS, HIDDEN), _bytes(TOKENS, HIDDEN // 32)
-    first, second = _fp8(EXPERTS, rows_of(act), HIDDEN), _fp8(EXPERTS, HIDDEN, WIDTH)
-    s1 = _bytes(EXPERTS, rows_of(act), HIDDEN // 32)
-    s2 = _bytes(EXPERTS, HIDDEN, WIDTH // 32)
+def _mxfp8(act: oracle.Act, size: Sizes) -> Record:
+    x, x_scale = _fp8(size.tokens, size.hidden), _bytes(size.tokens, size.hidden // 32)
+    first, second = (
+        _fp8(size.experts, rows_of(act, size), size.hidden),
+        _fp8(size.experts, size.hidden, size.width),
+    )
+    s1 = _bytes(size.experts, rows_of(act, size), size.hidden // 32)
+    s2 = _bytes(size.experts, size.hidden, size.width // 32)
     return Record(
         make=lambda routing: Fp8BlockMoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             hidden_states_scale=x_scale,
             gemm1_weights=first,
@@ -308,14 +332,20 @@ def _packed(*shape: int) -> Tensor:
     return torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), dtype=torch.uint8)
 
 
-def _nvfp4(act: oracle.Act) -> Record:
+def _nvfp4(act: oracle.Act, size: Sizes) -> Record:
     def small(*shape: int) -> Tensor:
         return (torch.rand(*shape) * 3 + 0.5).to(torch.float8_e4m3fn)
 
-    x, x_scale = _packed(TOKENS, HIDDEN), small(TOKENS, HIDDEN // 16)
-    first, second = _packed(EXPERTS, rows_of(act), HIDDEN), _packed(EXPERTS, HIDDEN, WIDTH)
-    s1, s2 = small(EXPERTS, rows_of(act), HIDDEN // 16), small(EXPERTS, HIDDEN, WIDTH // 16)
-    g1, g2 = _scales(EXPERTS) * 4, _scales(EXPERTS) * 4
+    x, x_scale = _packed(size.tokens, size.hidden), small(size.tokens, size.hidden // 16)
+    first, second = (
+        _packed(size.experts, rows_of(act, size), size.hidden),
+        _packed(size.experts, size.hidden, size.width),
+    )
+    s1, s2 = (
+        small(size.experts, rows_of(act, size), size.hidden // 16),
+        small(size.experts, size.hidden, size.width // 16),
+    )
+    g1, g2 = _scales(size.experts) * 4, _scales(size.experts) * 4
     gx, gh = torch.tensor(0.013), torch.tensor(0.0021)
     gate_scale = g1 * gx
 
@@ -332,14 +362,14 @@ def _nvfp4(act: oracle.Act) -> Record:
     return Record(
         make=lambda routing: Fp4MoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             hidden_states_scale=x_scale,
             gemm1_weights=first,
             gemm1_weights_scale=s1,
             gemm2_weights=second,
             gemm2_weights_scale=s2,
-            output1_scale_scalar=(gate_scale if act.gated else torch.ones(EXPERTS)) / gh,
+            output1_scale_scalar=(gate_scale if act.gated else torch.ones(size.experts)) / gh,
             output1_scale_gate_scalar=gate_scale,
             output2_scale_scalar=g2 * gh,
         ),
@@ -352,17 +382,20 @@ def _nvfp4(act: oracle.Act) -> Record:
     )
 
 
-def _mxfp4(act: oracle.Act, *, mx_activation: bool) -> Record:
-    x_fp8, x_scale = _fp8(TOKENS, HIDDEN), _bytes(TOKENS, HIDDEN // 32)
-    x_bf16 = torch.randn(TOKENS, HIDDEN).bfloat16()
-    first, second = _packed(EXPERTS, rows_of(act), HIDDEN), _packed(EXPERTS, HIDDEN, WIDTH)
-    s1 = _bytes(EXPERTS, rows_of(act), HIDDEN // 32) + 5
-    s2 = _bytes(EXPERTS, HIDDEN, WIDTH // 32) + 5
+def _mxfp4(act: oracle.Act, size: Sizes, *, mx_activation: bool) -> Record:
+    x_fp8, x_scale = _fp8(size.tokens, size.hidden), _bytes(size.tokens, size.hidden // 32)
+    x_bf16 = torch.randn(size.tokens, size.hidden).bfloat16()
+    first, second = (
+        _packed(size.experts, rows_of(act, size), size.hidden),
+        _packed(size.experts, size.hidden, size.width),
+    )
+    s1 = _bytes(size.experts, rows_of(act, size), size.hidden // 32) + 5
+    s2 = _bytes(size.experts, size.hidden, size.width // 32) + 5
     worth_x = x_fp8.double() * _spread(grids.e8m0(x_scale), 1, 32)
     return Record(
         make=lambda routing: Fp4MoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x_fp8 if mx_activation else x_bf16,
             hidden_states_scale=x_scale if mx_activation else None,
             gemm1_weights=first,
@@ -384,15 +417,18 @@ def _mxfp4(act: oracle.Act, *, mx_activation: bool) -> Record:
     )
 
 
-def _mxint4(act: oracle.Act) -> Record:
-    x = torch.randn(TOKENS, HIDDEN).bfloat16()
-    first, second = _packed(EXPERTS, rows_of(act), HIDDEN), _packed(EXPERTS, HIDDEN, WIDTH)
-    s1 = (torch.rand(EXPERTS, rows_of(act), HIDDEN // 32) / 32 + 0.01).bfloat16()
-    s2 = (torch.rand(EXPERTS, HIDDEN, WIDTH // 32) / 32 + 0.01).bfloat16()
+def _mxint4(act: oracle.Act, size: Sizes) -> Record:
+    x = torch.randn(size.tokens, size.hidden).bfloat16()
+    first, second = (
+        _packed(size.experts, rows_of(act, size), size.hidden),
+        _packed(size.experts, size.hidden, size.width),
+    )
+    s1 = (torch.rand(size.experts, rows_of(act, size), size.hidden // 32) / 32 + 0.01).bfloat16()
+    s2 = (torch.rand(size.experts, size.hidden, size.width // 32) / 32 + 0.01).bfloat16()
     return Record(
         make=lambda routing: MxInt4MoeArgs(
             routing=routing,
-            experts=expert_args(act),
+            experts=expert_args(act, size),
             hidden_states=x,
             gemm1_weights=first,
             gemm1_weights_scale=s1,

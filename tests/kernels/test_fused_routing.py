@@ -112,6 +112,27 @@ def test_slots(case: Case, tokens: int) -> None:
         expect_sorted(sort_slots(routed.topk_ids, request), routed.topk_ids, request)
 
 
+@pytest.mark.parametrize("scan", [1, 2**30], ids=["added up between", "by every program"])
+@pytest.mark.parametrize("programs", [128, 4])
+def test_slots_of_many_chunks(scan: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More chunks than are added up at a time; experts that no token chose; other ranks' experts."""
+    from typed_moe.kernels import _triton_launch as launch
+
+    monkeypatch.setattr(launch, "_SCANNED_CHUNKS", 4)
+    monkeypatch.setattr(launch, "_SCANNED_EXPERTS", 8)
+    shape = RoutingShape(num_experts=24, top_k=3)
+    fused = fused_routing(Renormalize(), shape=shape, device=torch.device("cpu"))
+    assert isinstance(fused, FusedRouting)
+    tile = launch.Tile(rows=2, warps=2, whole=0, scan=scan, place_programs=programs)
+    logits = torch.randn(37, 24)
+    logits[:, 5] = -9.0
+    for first, count in ((0, 24), (3, 11)):
+        request = SortRequest(first_local=first, num_local=count, block_size=4)
+        ids, _, slots = launch.route(fused.settings, logits, None, request, tile)
+        assert slots is not None
+        expect_sorted(slots, ids, request)
+
+
 def test_slots_of_padding() -> None:
     """Ids of -1, as a strategy of one's own gives them for padding, are in no place."""
     ids = torch.randint(0, 16, (40, 4))

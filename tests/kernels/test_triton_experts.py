@@ -17,24 +17,34 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.kernels.build import EXPERTS, TOKENS, from_logits, precomputed, record
+from tests.kernels.build import EXPERTS, TOKENS, RecordName, from_logits, precomputed, record
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
 from typed_moe import (
     Bf16,
     DeepSeekV3,
+    Format,
     Fp8BlockScale,
+    Fp8PerTensor,
     Llama4,
+    MxFp4,
+    MxFp8,
+    Nvfp4,
     Placement,
     ReferenceKernel,
     Renormalize,
     RenormalizeNaive,
     RoutingForm,
     RoutingStrategy,
+    Swiglu,
     TritonKernel,
 )
-from typed_moe.kernels import FromLogits, MoeArgs
+from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
-from typed_moe.quantization import quantize_activation, stored_error_bound
+from typed_moe.quantization import (
+    quantize_activation,
+    relative_error_bound,
+    stored_error_bound,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -50,6 +60,15 @@ pytestmark = [
 ]
 BF16 = stored_error_bound(Bf16())
 FP8 = stored_error_bound(Fp8BlockScale())
+QUANTISED: tuple[Format, ...] = (
+    Fp8PerTensor(),
+    Fp8BlockScale(),
+    MxFp8(),
+    MxFp4(),
+    MxFp4(activation="mxfp8"),
+    Nvfp4(),
+)
+PER_TENSOR = stored_error_bound(Fp8PerTensor())
 FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
 SMALL = ExpertTile(
     block_m=16,
@@ -63,6 +82,14 @@ GROUPED = ExpertTile(
     second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=3),
 )
 """A first product that quantises a whole group of its columns."""
+DESCRIBED = attrs.evolve(
+    GROUPED,
+    first=attrs.evolve(GROUPED.first, block_n=64, tma=True),
+    second=attrs.evolve(GROUPED.second, tma=True),
+    block_m=32,
+    second_block_m=16,
+)
+"""Both products read their matrices through tensor descriptors, the second one in half blocks."""
 HIDDEN, WIDTH = 40, 24
 
 
@@ -101,6 +128,20 @@ def test_every_activation(name: str) -> None:
     expected = oracle.layer(rule, rounded(experts), x, logits, None, top_k=2, act=act)
 
     assert relative_error(layer(x, logits), expected) < BF16
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_descriptors(kind: oracle.Kind) -> None:
+    """Tiles that reach over the edges of the matrices, of the last expert's among them."""
+    made = record("bf16", oracle.Act(kind=kind))
+    ids, weights = chosen()
+    expected = oracle.moe(made.experts, made.x, ids, weights, made.act)
+    args = made.make(precomputed(ids, weights))
+    gemm = GemmTile(block_n=128, block_k=64, warps=4, stages=2, tma=True)
+    tile = ExpertTile(block_m=16, first=gemm, second=gemm)
+    got = TritonKernel(tile=tile)(args)
+
+    assert relative_error(got, expected) < BF16
 
 
 @FORMS
@@ -170,7 +211,11 @@ def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("fp8", ["native", "bits"])
-@pytest.mark.parametrize("tile", [None, GROUPED], ids=["quantised as read", "as written"])
+@pytest.mark.parametrize(
+    "tile",
+    [None, GROUPED, DESCRIBED],
+    ids=["quantised between", "as written", "between, by descriptor"],
+)
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_blocks(
     fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind
@@ -186,6 +231,41 @@ def test_fp8_blocks(
     if fp8 == "bits":
         exact = oracle.moe(made.experts, made.x, ids, weights, made.act)
         assert relative_error(got, exact) < BF16
+
+
+@pytest.mark.parametrize("fp8", ["native", "bits"])
+@pytest.mark.parametrize("tile", [None, SMALL], ids=["table", "several steps"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_fp8_per_tensor(
+    fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind
+) -> None:
+    """Output scales on the products; the intermediate divided by its static scale, and saturated."""
+    made = record("fp8_per_tensor", oracle.Act(kind=kind))
+    ids, weights = chosen()
+    expected = oracle.moe(made.experts, made.x, ids, weights, made.act, rounding=made.rounding)
+    got = TritonKernel(fp8=fp8, tile=tile)(made.make(precomputed(ids, weights)))
+
+    if fp8 == "native":
+        assert relative_error(got, expected) < PER_TENSOR
+    # Converted in registers, the intermediate is neither rounded to FP8 nor saturated.
+    else:
+        exact = oracle.moe(made.experts, made.x, ids, weights, made.act)
+        assert relative_error(got, exact) < BF16
+
+
+@pytest.mark.parametrize("tile", [None, GROUPED], ids=["table", "several steps"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4_bf16", "mxfp4_mxfp8", "nvfp4"])
+def test_scales_for_a_few_values_of_the_sum(
+    name: RecordName, tile: ExpertTile | None, kind: oracle.Kind
+) -> None:
+    """Stored bits against what they are worth, with the intermediate in bfloat16: only its bound."""
+    made = record(name, oracle.Act(kind=kind))
+    ids, weights = chosen()
+    exact = oracle.moe(made.experts, made.x, ids, weights, made.act)
+    got = TritonKernel(tile=tile)(made.make(precomputed(ids, weights)))
+
+    assert relative_error(got, exact) < BF16
 
 
 def test_quantising_in_one_launch() -> None:
@@ -205,24 +285,85 @@ def test_quantising_in_one_launch() -> None:
         assert torch.equal(got.data.float(), expected.data.float())
 
 
-def test_a_layer_in_fp8_blocks() -> None:
-    """Quantised by the kernel in its own launch, and by torch.compile: the same."""
+@pytest.mark.parametrize("quant", QUANTISED, ids=repr)
+def test_a_layer_of_every_format(quant: Format) -> None:
+    """Far from float64 by what the format costs at most, and from the reference on the same state by less.
+
+    Quantised by the kernel in its own launch, and by torch.compile: the same.
+    """
+    experts = random_experts(8, 256, 128, biases=True)
     made = attrs.evolve(
         build(RenormalizeNaive(), RoutingForm.IN_KERNEL),
-        quant=Fp8BlockScale(),
+        quant=quant,
         hidden_size=256,
         intermediate_size=128,
+        has_bias=True,
         kernel=TritonKernel(),
     )
-    layer = made.loaded(random_experts(8, 256, 128))
-    x, logits = torch.randn(5, 256).bfloat16(), torch.randn(5, 8)
+    x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 8)
+    layer = made.loaded(experts)
+    layer.calibrate(x, logits)
+    rule = oracle.RULES["RenormalizeNaive"]
+    expected = oracle.layer(rule, experts, x, logits, None, top_k=2, act=oracle.Act())
     reference = attrs.evolve(made, kernel=ReferenceKernel()).empty()
     reference.load_state_dict(layer.state_dict())
     eager = layer(x, logits)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
 
     assert torch.equal(compiled(x, logits), eager)
-    assert relative_error(eager, reference(x, logits).double()) < FP8
+    assert relative_error(eager, expected) < relative_error_bound(quant, Swiglu())
+    assert relative_error(eager, reference(x, logits).double()) < stored_error_bound(quant)
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["shared", "on input"])
+@pytest.mark.parametrize("quant", [MxFp8(), MxFp4(), Nvfp4()], ids=lambda quant: quant.name)
+def test_widths_that_are_no_multiple_of_a_step(quant: Format, on_input: bool) -> None:
+    """Groups behind the last one, half columns in a tile; shared experts, and the weight on the input."""
+    strategy = Llama4() if on_input else RenormalizeNaive()
+    top_k, shared = (1, 0) if on_input else (2, 1)
+    experts = random_experts(8 + shared, 96, 160, biases=True)
+    made = attrs.evolve(
+        build(strategy, RoutingForm.IN_KERNEL),
+        top_k=top_k,
+        quant=quant,
+        hidden_size=96,
+        intermediate_size=160,
+        num_fused_shared_experts=shared,
+        has_bias=True,
+        kernel=TritonKernel(tile=GROUPED),
+    )
+    x, logits = torch.randn(9, 96).bfloat16(), torch.randn(9, 8)
+    layer = made.loaded(experts)
+    layer.calibrate(x, logits)
+    reference = attrs.evolve(made, kernel=ReferenceKernel()).empty()
+    reference.load_state_dict(layer.state_dict())
+    rule, act = oracle.RULES[strategy.name], oracle.Act()
+    expected = oracle.layer(rule, experts, x, logits, None, top_k=top_k, act=act, num_shared=shared)
+    got = layer(x, logits)
+
+    assert relative_error(got, expected) < relative_error_bound(quant, Swiglu())
+    assert relative_error(got, reference(x, logits).double()) < stored_error_bound(quant)
+
+
+def test_nan_in_mxfp8() -> None:
+    """A scale that says NaN and a value that does reach their own token, and no other."""
+    made = record("mxfp8", oracle.Act())
+    args = made.make(precomputed(*chosen()))
+    assert isinstance(args, Fp8BlockMoeArgs)
+    x, scale = args.hidden_states.clone(), args.hidden_states_scale.clone()
+    x[2, :32], scale[2] = 0.0, 255
+    x.view(torch.uint8)[3, 7] = 0x7F
+    got = TritonKernel()(
+        replace(
+            args,
+            routing=precomputed(torch.tensor([[0, 1]] * TOKENS), torch.ones(TOKENS, 2)),
+            hidden_states=x,
+            hidden_states_scale=scale,
+        )
+    )
+    assert bool(got[2:4].isnan().all())
+    assert bool(got[:2].isfinite().all())
+    assert bool(got[4:].isfinite().all())
 
 
 def test_unfinalized_rows_add_up_to_the_call() -> None:
@@ -255,8 +396,8 @@ def test_output_and_replay_are_written() -> None:
 
 def test_a_record_of_another_format() -> None:
     """A record made by hand is looked at too."""
-    args: MoeArgs = record("mxfp8", oracle.Act()).make(precomputed(*chosen()))
-    with pytest.raises(TypeError, match="this is Fp8BlockMoeArgs with"):
+    args: MoeArgs = record("mxint4", oracle.Act()).make(precomputed(*chosen()))
+    with pytest.raises(TypeError, match="this is MxInt4MoeArgs with"):
         TritonKernel()(args)
 
 

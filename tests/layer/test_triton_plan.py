@@ -10,8 +10,13 @@ import torch
 
 from typed_moe import (
     Bf16,
+    Format,
     Fp8BlockScale,
+    Fp8PerTensor,
     MxFp4,
+    MxFp8,
+    MxInt4,
+    Nvfp4,
     ReferenceKernel,
     Refused,
     RenormalizeNaive,
@@ -24,7 +29,7 @@ from typed_moe import (
 )
 from typed_moe.config import Placement
 from typed_moe.kernels import KernelRequest, triton_experts
-from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, table_of, tile_of
+from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, Operand, table_of, tile_of
 from typed_moe.routing import KernelRules
 from typed_moe.runners import _planning
 from typed_moe.runners._planning import decide
@@ -41,7 +46,7 @@ REQUEST = KernelRequest(
     device=torch.device("cuda"),
     dtype=torch.bfloat16,
 )
-OPERANDS = pytest.mark.parametrize("operand", ["bf16", "fp8"])
+OPERANDS = pytest.mark.parametrize("operand", ["bf16", "fp8", "mxfp8", "fp4"])
 
 
 @pytest.fixture
@@ -67,10 +72,11 @@ def test_it_is_taken_after_flashinfer_and_before_the_reference() -> None:
 @pytest.mark.usefixtures("card")
 def test_what_it_refuses_has_no_kernel_on_the_card() -> None:
     """The reference still runs only when asked for, and the message has both reasons."""
-    request = attrs.evolve(REQUEST, quant=MxFp4(), has_bias=False)
+    request = attrs.evolve(REQUEST, quant=MxInt4(), has_bias=False)
     with pytest.raises(UnsupportedRouting) as raised:
         decide(request, RenormalizeNaive())
-    assert "refused  triton, in-kernel routing: multiplies bf16 and fp8_block" in str(raised.value)
+    assert "refused  triton, in-kernel routing: multiplies bf16, unquantized" in str(raised.value)
+    assert "nvfp4; this layer's format is mxint4" in str(raised.value)
     assert "only when asked for" in str(raised.value)
     assert decide(request, RenormalizeNaive(), kernel=ReferenceKernel()).plan.kernel == "reference"
 
@@ -91,7 +97,23 @@ def test_without_a_card_it_says_so() -> None:
             attrs.evolve(REQUEST, quant=Unquantized(), dtype=torch.float32),
             "this layer's are torch.float32; pass dtype=torch.bfloat16",
         ),
-        (attrs.evolve(REQUEST, quant=MxFp4()), "this layer's format is mxfp4"),
+        (attrs.evolve(REQUEST, quant=MxInt4()), "this layer's format is mxint4"),
+        (
+            attrs.evolve(REQUEST, quant=Fp8PerTensor(), hidden_size=264),
+            "multiples of 16 in the format fp8_per_tensor; this layer has hidden_size 264",
+        ),
+        (
+            attrs.evolve(REQUEST, quant=MxFp4(), hidden_size=272),
+            "multiples of 32 in the format mxfp4; this layer has hidden_size 272",
+        ),
+        (
+            attrs.evolve(REQUEST, quant=MxFp8(), intermediate_size=272),
+            "multiples of 32 in the format mxfp8; this layer has hidden_size 256 and, on",
+        ),
+        (
+            attrs.evolve(REQUEST, quant=Nvfp4(), intermediate_size=40),
+            "multiples of 16 in the format nvfp4; this layer has hidden_size 256 and, on",
+        ),
         (
             attrs.evolve(REQUEST, hidden_size=36),
             "multiples of 8 in the format bf16; this layer has hidden_size 36",
@@ -124,8 +146,35 @@ def test_native_fp8_is_refused_where_a_card_has_none(monkeypatch: pytest.MonkeyP
     assert isinstance(TritonKernel().rules(request), KernelRules)
 
 
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    "quant",
+    [Fp8PerTensor(), MxFp8(), MxFp4(), MxFp4(activation="mxfp8"), Nvfp4()],
+    ids=repr,
+)
+def test_the_formats_are_planned_on_every_card(
+    quant: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without being asked for, with FP8 matrix units or without."""
+    for has_fp8 in (True, False):
+        monkeypatch.setattr(triton_experts, "_has_fp8", lambda _device, has=has_fp8: has)
+        plan = decide(attrs.evolve(REQUEST, quant=quant, has_bias=False), RenormalizeNaive()).plan
+        assert plan.kernel == "triton"
+        assert plan.form is RoutingForm.IN_KERNEL
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("quant", [MxFp8(), MxFp4(), Nvfp4()], ids=lambda quant: quant.name)
+@pytest.mark.parametrize("fp8", ["native", "bits"])
+def test_fp8_says_nothing_about_mx_and_fp4(fp8: Literal["native", "bits"], quant: Format) -> None:
+    """Refused instead of ignored."""
+    rules = TritonKernel(fp8=fp8).rules(attrs.evolve(REQUEST, quant=quant))
+    assert isinstance(rules, Refused)
+    assert f"{quant.name} becomes bfloat16 in registers on every card" in rules.reason
+
+
 @OPERANDS
-def test_tiles_fit_their_cards(operand: Literal["bf16", "fp8"]) -> None:
+def test_tiles_fit_their_cards(operand: Operand) -> None:
     """Pipelines within the shared memory of a program: 227 KB on Hopper, 99 KB on any card."""
     for tables, limit in ((HOPPER, 227), (ANY_CARD, 99)):
         for _, tile in tables[operand]:
@@ -136,7 +185,7 @@ def test_tiles_fit_their_cards(operand: Literal["bf16", "fp8"]) -> None:
 
 
 @OPERANDS
-def test_a_tile_for_every_size_and_card(operand: Literal["bf16", "fp8"]) -> None:
+def test_a_tile_for_every_size_and_card(operand: Operand) -> None:
     """Taller blocks for fuller experts; a card of another name has the tiles that fit any."""
     assert table_of("NVIDIA H100 80GB HBM3", operand) is HOPPER[operand]
     assert table_of("NVIDIA GeForce RTX 4090", operand) is ANY_CARD[operand]

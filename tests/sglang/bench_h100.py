@@ -35,11 +35,12 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.gpu.bench_experts import ROTATED_BYTES, in_graph
 from tests.layer.build import relative_error
 from tests.quantization import grids
 from tests.sglang import host
 from typed_moe import Bf16, Fp8BlockScale
+from typed_moe.cli._bench_clock import cuda_clocks
+from typed_moe.cli._bench_weights import ROTATED_BYTES
 from typed_moe.quantization import stored_error_bound
 from typed_moe.sglang import plans_of
 
@@ -238,7 +239,8 @@ def times(built: Sequence[Mapping[Way, Block]], shape: Shape, tokens: int) -> Ro
         calls = [partial(layer[way], x, logits) for layer in built]
         for call in calls:
             call()
-        row[f"{way}: us"] = in_graph(cast("list[Callable[[], object]]", calls))
+        clocks = cuda_clocks("this bench")
+        row[f"{way}: us"] = clocks.graph(cast("list[Callable[[], object]]", calls))
     return row
 
 

@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from typed_moe.cli._bench_clock import poisoned
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._verify_cases import (
@@ -128,10 +129,14 @@ def read_device(name: str | None) -> torch.device:
 
 
 @torch.no_grad()
-def verify(device: torch.device, steps: Steps) -> VerifyReport:
-    """Run everything that the plans allow on a device."""
+def verify(device: torch.device, steps: Steps, kernels: tuple[str, ...] = ()) -> VerifyReport:
+    """Run everything that the plans allow on a device.
+
+    Raises:
+        UserError: a kernel that there is none of.
+    """
     begin = time.perf_counter()
-    found = kernels_of(device)
+    found = kernels_of(device, kernels)
     inputs = draw_inputs()
     rows: list[Row] = []
     for source in found.sources:
@@ -233,7 +238,8 @@ class _Case:
             if self.strategy.bias is BiasRule.REQUIRED:
                 state["e_score_correction_bias"] = self.inputs.bias
             layer.load_state_dict(state)
-            output = layer(x, logits)
+            with poisoned():
+                output = layer(x, logits)
             if self.source.stops_before_sum and not isinstance(layer.plan.unfinalized, Refused):
                 self._compare_unfinalized(layer, x, logits, output)
             total += output.to("cpu", torch.float64)
@@ -243,7 +249,8 @@ class _Case:
         self, layer: FusedMoE, x: Tensor, logits: Tensor, output: Tensor
     ) -> None:
         """Raise where the layer's own sum and that of its unfinalized rows are not the same."""
-        total = layer.forward_unfinalized(x, logits).finalize(torch.float32)
+        with poisoned():
+            total = layer.forward_unfinalized(x, logits).finalize(torch.float32)
         off, size = float((total - output.float()).norm()), float(output.float().norm())
         allowed = stored_error_bound(self.quant) * size
         # Written so that NaN fails, and a rank without a token does not.

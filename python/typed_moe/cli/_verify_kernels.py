@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Protocol, final
 
 import attrs
 import torch
 from torch import Tensor
 
+from typed_moe.cli._errors import UserError
 from typed_moe.config import Activation, Format, Swiglu
-from typed_moe.kernels import FlashInferKernel, MoeKernel, ReferenceKernel, installed_flashinfer
+from typed_moe.kernels import (
+    FlashInferKernel,
+    MoeKernel,
+    ReferenceKernel,
+    TritonKernel,
+    fused_routing_refusal,
+    installed_flashinfer,
+)
 from typed_moe.routing import Refused, RoutingForm
 
 
@@ -77,6 +87,34 @@ class Reference:
 
     def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
         """It computes everything."""
+        del quant, form, method
+        return Weighing.FOLLOWED
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """Its output shows them."""
+        return None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Triton:
+    """The package's portable kernels, for CUDA cards from compute capability 8.0 on."""
+
+    name: str = "triton"
+    rounds_intermediate: bool = True
+    stops_before_sum: bool = True
+
+    def activation(self, quant: Format) -> Activation:
+        """What most models have."""
+        del quant
+        return Swiglu()
+
+    def kernel(self) -> MoeKernel:
+        """It has no state."""
+        return TritonKernel()
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """It computes everything that its rules let through."""
         del quant, form, method
         return Weighing.FOLLOWED
 
@@ -178,18 +216,58 @@ class Found:
     absent: tuple[tuple[str, str], ...] = ()
 
 
-def kernels_of(device: torch.device) -> Found:
-    """What there is for a device.
+_Finder = Callable[[torch.device], KernelSource | Refused]
 
-    On a CUDA device that is real kernels alone: a check of the float32 reference there would
-    say nothing of the device, and hide that nothing else ran.
-    """
+
+def _reference(device: torch.device) -> KernelSource | Refused:
+    if device.type == "cuda":
+        # It would say nothing of the device, and hide that nothing else ran.
+        return Refused("the float32 reference says nothing of a GPU; choose --device cpu for it")
+    return Reference()
+
+
+def _flashinfer(device: torch.device) -> KernelSource | Refused:
     if device.type == "cuda":
         fused = FlashInfer(device)
-        if fused.absent is not None:
-            return Found(sources=(), absent=((fused.name, fused.absent.reason),))
-        return Found(sources=(fused,))
+        return fused if fused.absent is None else fused.absent
     if importlib.util.find_spec("flashinfer") is None:
-        reason = "not installed; pip install typed-moe[flashinfer] checks the calls to it too"
-        return Found(sources=(Reference(),), absent=(("flashinfer references", reason),))
-    return Found(sources=(Reference(), FlashInferReferences()))
+        return Refused(
+            "not installed; pip install typed-moe[flashinfer] checks the calls to it too"
+        )
+    return FlashInferReferences()
+
+
+def _triton(device: torch.device) -> KernelSource | Refused:
+    absent = fused_routing_refusal(device)
+    return Triton() if absent is None else absent
+
+
+_FINDERS: Mapping[str, _Finder] = MappingProxyType(
+    {"reference": _reference, "flashinfer": _flashinfer, "triton": _triton}
+)
+KERNELS: tuple[str, ...] = tuple(_FINDERS)
+"""What `--kernel` takes."""
+_DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cuda": ("flashinfer", "triton"), "cpu": ("reference", "flashinfer")}
+)
+
+
+def kernels_of(device: torch.device, names: tuple[str, ...] = ()) -> Found:
+    """What there is for a device.
+
+    Args:
+        device: on a CUDA device its kernels are run; on a CPU the reference kernel and FlashInfer's
+            references, and Triton's kernels where its interpreter runs them (TRITON_INTERPRET=1).
+        names: out of `KERNELS`; none: all that a device has.
+
+    Raises:
+        UserError: no such name.
+    """
+    unknown = [name for name in names if name not in KERNELS]
+    if unknown:
+        raise UserError(f"--kernel is {unknown[0]!r}; allowed: {', '.join(KERNELS)}")
+    found = {name: _FINDERS[name](device) for name in names or _DEFAULTS[device.type]}
+    return Found(
+        sources=tuple(one for one in found.values() if not isinstance(one, Refused)),
+        absent=tuple((name, one.reason) for name, one in found.items() if isinstance(one, Refused)),
+    )

@@ -12,8 +12,13 @@ from typing import Literal, final
 
 import attrs
 
-Operand = Literal["bf16", "fp8"]
+Operand = Literal["bf16", "fp8", "mxfp8", "fp4"]
 """What the weights are stored in: it is their loading that a tile is made for."""
+
+_BYTES: Mapping[Operand, tuple[float, float]] = MappingProxyType(
+    {"bf16": (2, 2), "fp8": (1, 1), "mxfp8": (2, 1 + 1 / 32), "fp4": (2, 1 / 2 + 1 / 16)}
+)
+"""Of a value of x and of a weight, its scale's part with it (for FP4 NVFP4's, which has more)."""
 
 
 @final
@@ -27,6 +32,9 @@ class GemmTile:
         warps, stages: of one program.
         group_m: blocks of rows that run side by side over all columns, so that they share the
             weights in the L2 cache.
+        tma: tiles are copied by the card's tensor memory accelerator, compute capability 9.0 and
+            above; their descriptors cost the host some microseconds per call. MX and FP4 weights are
+            loaded without it.
     """
 
     block_n: int
@@ -34,62 +42,99 @@ class GemmTile:
     warps: int
     stages: int
     group_m: int = 1
+    tma: bool = False
 
 
 @final
 @attrs.frozen(kw_only=True)
 class ExpertTile:
-    """Both products of a layer; `block_m` is the block of `SortedSlots`."""
+    """Both products of a layer.
+
+    Attributes:
+        block_m: rows of a program, and the block of `SortedSlots`.
+        second_block_m: rows of a program of the second product, a divisor of `block_m`; None for as many.
+    """
 
     block_m: int
     first: GemmTile
     second: GemmTile
+    second_block_m: int | None = None
+
+    @property
+    def second_rows(self) -> int:
+        """Rows of a program of the second product."""
+        return self.second_block_m or self.block_m
 
     def shared_memory(self, operand: Operand, *, gated: bool) -> int:
         """Bytes that the deeper of the two pipelines keeps in shared memory."""
-        size = 2 if operand == "bf16" else 1
+        row, weight = _BYTES[operand]
         return max(
-            tile.stages * tile.block_k * size * (self.block_m + halves * tile.block_n)
-            for tile, halves in ((self.first, 2 if gated else 1), (self.second, 1))
+            int(tile.stages * tile.block_k * (row * rows + weight * halves * tile.block_n))
+            for tile, rows, halves in (
+                (self.first, self.block_m, 2 if gated else 1),
+                (self.second, self.second_rows, 1),
+            )
         )
 
 
-Table = tuple[tuple[int, ExpertTile], ...]
+Table = tuple[tuple[float, ExpertTile], ...]
 """(rows per expert up to which it holds, tile), the least first; the last holds for all above."""
 
 HOPPER: Mapping[Operand, Table] = MappingProxyType(
     {
         "bf16": (
             (
+                0.25,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=5),
+                ),
+            ),
+            (
                 8,
                 ExpertTile(
                     block_m=16,
                     first=GemmTile(block_n=32, block_k=128, warps=4, stages=5),
-                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=5),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
                 ),
             ),
             (
-                32,
+                20,
                 ExpertTile(
                     block_m=32,
-                    first=GemmTile(block_n=64, block_k=64, warps=4, stages=5),
-                    second=GemmTile(block_n=128, block_k=64, warps=4, stages=5),
+                    first=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
                 ),
             ),
             (
                 96,
                 ExpertTile(
                     block_m=64,
-                    first=GemmTile(block_n=64, block_k=64, warps=4, stages=4),
-                    second=GemmTile(block_n=128, block_k=64, warps=4, stages=4),
+                    first=GemmTile(block_n=64, block_k=64, warps=4, stages=5),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                ),
+            ),
+            (
+                512,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=16, tma=True
+                    ),
+                    second=GemmTile(block_n=256, block_k=64, warps=8, stages=4, group_m=16),
                 ),
             ),
             (
                 2**31,
                 ExpertTile(
                     block_m=128,
-                    first=GemmTile(block_n=128, block_k=64, warps=8, stages=4, group_m=8),
-                    second=GemmTile(block_n=256, block_k=64, warps=8, stages=4, group_m=8),
+                    first=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=3, group_m=16, tma=True
+                    ),
+                    second=GemmTile(
+                        block_n=256, block_k=64, warps=8, stages=3, group_m=16, tma=True
+                    ),
                 ),
             ),
         ),
@@ -99,37 +144,112 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ExpertTile(
                     block_m=16,
                     first=GemmTile(block_n=32, block_k=128, warps=4, stages=6),
-                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=6),
-                ),
-            ),
-            (
-                32,
-                ExpertTile(
-                    block_m=32,
-                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=5),
-                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=5),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
                 ),
             ),
             (
                 96,
                 ExpertTile(
                     block_m=64,
-                    first=GemmTile(block_n=128, block_k=128, warps=8, stages=4),
-                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=4),
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                512,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3, group_m=16),
+                    second=GemmTile(
+                        block_n=128, block_k=128, warps=4, stages=3, group_m=16, tma=True
+                    ),
                 ),
             ),
             (
                 2**31,
                 ExpertTile(
                     block_m=128,
-                    first=GemmTile(block_n=128, block_k=128, warps=8, stages=4, group_m=8),
-                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=4, group_m=8),
+                    first=GemmTile(
+                        block_n=64, block_k=128, warps=4, stages=3, group_m=16, tma=True
+                    ),
+                    second=GemmTile(
+                        block_n=128, block_k=128, warps=4, stages=3, group_m=16, tma=True
+                    ),
+                    second_block_m=64,
+                ),
+            ),
+        ),
+        "mxfp8": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                ),
+            ),
+            (
+                32,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                96,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                ),
+            ),
+        ),
+        "fp4": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
+                ),
+            ),
+            (
+                32,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=4),
+                ),
+            ),
+            (
+                96,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
                 ),
             ),
         ),
     }
 )
-"""H100 and H200: starting values, not yet from a sweep (`python -m tests.gpu.bench_experts --sweep`)."""
+"""H100, from a sweep over Qwen3-30B-A3B and 32 experts of DeepSeek-V3 (docs/performance.md), and H200."""
 
 ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
     {
@@ -184,6 +304,58 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
                     # byte of a weight is converted in them.
                     first=GemmTile(block_n=32, block_k=128, warps=4, stages=3, group_m=8),
                     second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                ),
+            ),
+        ),
+        "mxfp8": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                64,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=2, group_m=8),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=8),
+                ),
+            ),
+        ),
+        "fp4": (
+            (
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                ),
+            ),
+            (
+                64,
+                ExpertTile(
+                    block_m=32,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=64,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=2, group_m=8),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=8),
                 ),
             ),
         ),

@@ -7,9 +7,12 @@ of the places. The second one reads it as it stands and writes each row to its s
 kernel adds a token's slots, in order: no atomics, the same bits in every run.
 
 FP8 says how an operand in float8_e4m3fn is multiplied: "none" (bfloat16), "native" (the card's
-matrix units take it), "bits" (a byte becomes a bfloat16 in registers). Scales are DeepSeek's: one
-float32 for 1 x 128 of an activation and for 128 x 128 of a weight, so that a step of BLOCK_K = 128
-has one product of scales for each row, applied in float32.
+matrix units take it), "bits" (a byte becomes a bfloat16 in registers). WEIGHTS says what scales the
+weights have. "block": DeepSeek's, one float32 for 1 x 128 of an activation and for 128 x 128 of a
+weight, so that a step of BLOCK_K = 128 has one product of scales for each row, applied in float32.
+"plain": none in the sum; those of a whole matrix multiply its result. "mxfp8", "mxfp4", "nvfp4": one
+for GROUP values of the sum and one column, PACK values to a byte, and x is bfloat16
+(`typed_moe.kernels._triton_formats`).
 
 `DEVICE` is False in the interpreter, which has no bfloat16 arithmetic: operands become float32.
 
@@ -22,11 +25,17 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_activations import activate, clamp
+from typed_moe.kernels._triton_formats import (
+    e4m3,
+    grouped_sums,
+    halves_to_rows,
+    load_rows,
+)
+from typed_moe.kernels._triton_slots import follow
 
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
-_REBIAS = tl.constexpr(2.0**120)
-"""From an exponent that counts from 127 to E4M3's, which counts from 7."""
+_ONE = tl.constexpr(1)
 
 
 @triton.jit
@@ -40,17 +49,9 @@ def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, DEVICE: tl.constexpr) 
 
 @triton.jit
 def operand(x: tl.tensor, FP8: tl.constexpr) -> tl.tensor:
-    """A loaded tile as the matrix units take it: bytes of E4M3 become bfloat16, exactly.
-
-    The three fields of a byte are put where a float32 has them; the exponent is then off by a
-    constant, which subnormals share. 0x7F and 0xFF are NaN.
-    """
+    """A loaded tile as the matrix units take it: bytes of E4M3 become bfloat16, exactly."""
     if FP8 == "bits":
-        bits = x.to(tl.int32)
-        moved = (bits & 0x80) << 24 | (bits & 0x7F) << 20
-        value = moved.to(tl.float32, bitcast=True) * _REBIAS
-        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
-        return value.to(tl.bfloat16)  # exact: no bit is cut off
+        return e4m3(x).to(tl.bfloat16)
     else:
         return x
 
@@ -77,9 +78,8 @@ def to_bfloat16(x: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
-    """x / scale, per row, saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
-    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+def to_e4m3(quotient: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """Saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
     largest = tl.full([], 448.0, tl.float32)
     quotient = clamp(quotient, -largest, largest)
     if not DEVICE:
@@ -93,24 +93,53 @@ def to_e4m3(x: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def is_there(
+    row: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    BLOCK_M: tl.constexpr,
+) -> tl.tensor:
+    """Whether a row is some slot's: by place, or always where BLOCK_M is 0."""
+    if BLOCK_M == 0:
+        return row >= 0
+    else:
+        has_expert = tl.load(block_experts_ptr + row // BLOCK_M) >= 0
+        # What stands in a block without an expert was not written.
+        return tl.load(slots_ptr + row, mask=has_expert, other=num_slots) < num_slots
+
+
+@triton.jit(do_not_specialize=["num_slots"])
 def quantize_kernel(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
     scale_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_slots: tl.tensor,
     x_stride: tl.tensor,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales."""
-    token = tl.program_id(0).to(tl.int64)
+    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales.
+
+    BLOCK_M above 0: rows are places in blocks of so many, and those without a slot are left out.
+    """
+    follow(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    if not is_there(row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
+        return
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = at < H
-    x = tl.load(x_ptr + token * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
     scale = group_scale(x)
-    tl.store(out_ptr + token * H + at, to_e4m3(x, scale, DEVICE), mask=mask)
-    tl.store(scale_ptr + token * (H // 128) + group, scale, mask=group < H // 128)
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    tl.store(out_ptr + row * H + at, to_e4m3(quotient, DEVICE), mask=mask)
+    tl.store(scale_ptr + row * (H // 128) + group, scale, mask=group < H // 128)
 
 
 @triton.jit
@@ -126,23 +155,21 @@ def tile_at(
 
 
 @triton.jit
-def load_rows(
-    at: tl.tensor, used: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
-) -> tl.tensor:
-    """(BLOCK_M, BLOCK_K) of an operand whose rows are WIDTH wide; zeros where there is none."""
-    if WIDTH % BLOCK_K == 0:
-        return tl.load(at + start, mask=used[:, None], other=0.0)
-    else:
-        inside = tl.arange(0, BLOCK_K) < WIDTH - start
-        return tl.load(at + start, mask=used[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit
 def load_weights(
-    at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+    at: tl.tensor,
+    first_row: tl.tensor,
+    start: int,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
 ) -> tl.tensor:
-    """(BLOCK_K, BLOCK_N) of a matrix whose rows are WIDTH wide, turned."""
-    if WIDTH % BLOCK_K == 0:
+    """(BLOCK_K, BLOCK_N) of a matrix whose rows are WIDTH wide, turned.
+
+    TMA: `at` is a tensor descriptor, and `first_row` the tile's first row in it.
+    """
+    if TMA:
+        return tl.trans(at.load([first_row, start]))  # type: ignore[attr-defined]
+    elif WIDTH % BLOCK_K == 0:
         return tl.load(at + start)
     else:
         inside = tl.arange(0, BLOCK_K) < WIDTH - start
@@ -166,11 +193,15 @@ def step(
     weights: tl.tensor,
     weight_scale_at: tl.tensor,
     FP8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tl.tensor:
-    """total + rows @ weights, times both scales in FP8."""
-    if FP8 == "none":
-        return product(rows, weights, total, DEVICE)
+    """total + rows @ weights, times both scales where weights have them in blocks."""
+    if WEIGHTS == "plain" and FP8 == "native" and DEVICE:
+        # Hopper's FP8 units add with fewer bits; after a whole step their sum goes to float32.
+        return tl.dot(rows, weights, total, max_num_imprecise_acc=rows.shape[1])
+    elif WEIGHTS == "plain":
+        return product(rows, operand(weights, FP8), total, DEVICE)
     else:
         nothing = tl.zeros(total.shape, tl.float32)
         part = product(rows, operand(weights, FP8), nothing, DEVICE)
@@ -186,6 +217,62 @@ def setting(at: tl.tensor, plain: float, GIVEN: tl.constexpr) -> tl.tensor:
         return tl.full([], plain, tl.float32)
 
 
+@triton.jit
+def plain_sums(
+    x_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    x_scale_token: tl.tensor,
+    x_scale_group: tl.tensor,
+    token: tl.tensor,
+    used: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
+    expert: tl.tensor,
+    column: tl.tensor,
+    row: tl.tensor,
+    HALVES: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741 - the field's letter
+    FP8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """x @ w13^T for the expert's rows `row` of the gate, where there is one, and of the up projection."""
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
+    gate_row = (expert * (HALVES * I)).to(tl.int32) + column * BLOCK_N
+    up_row = gate_row + (HALVES - 1) * I
+    if TMA:
+        gate_at = weight_ptr
+        up_at = weight_ptr
+    else:
+        gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
+        up_at = gate_at + (HALVES - 1) * I * H
+    scale_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
+    gate_scale_at = weight_scale_ptr + scale_row * (H // 128)
+    up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, H, BLOCK_K):
+        group = start // 128
+        x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
+        x_scale = load_scales(
+            x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
+        )
+        weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
+        up = step(up, x, x_scale, weights, up_scale_at + group, FP8, WEIGHTS, DEVICE)
+        if HALVES == 2:
+            weights = load_weights(gate_at, gate_row, start, H, BLOCK_K, TMA)
+            gate = step(gate, x, x_scale, weights, gate_scale_at + group, FP8, WEIGHTS, DEVICE)
+    return gate, up
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def first_kernel(
     x_ptr: tl.tensor,
@@ -197,6 +284,8 @@ def first_kernel(
     alpha_ptr: tl.tensor,
     beta_ptr: tl.tensor,
     limit_ptr: tl.tensor,
+    output_scale_ptr: tl.tensor,
+    stored_scale_ptr: tl.tensor,
     out_ptr: tl.tensor,
     out_scale_ptr: tl.tensor,
     slots_ptr: tl.tensor,
@@ -215,24 +304,34 @@ def first_kernel(
     HAS_BETA: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_OUTPUT_SCALE: tl.constexpr,
     ON_INPUT: tl.constexpr,
     FP8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """activation(x @ w13^T) of one block and BLOCK_N columns, to the block's places.
 
     SLOTS slots per token; HALVES is 2 where there is a gate, whose rows stand first. ON_INPUT: the
-    routing weight multiplies the row, which is the same as multiplying its product. QUANTIZE: the
-    result is written in float8_e4m3fn with one scale per row; BLOCK_N is 128. SCALED: x has scales,
-    as it has in FP8. A pointer to what is
-    not there points anywhere and is not read.
+    routing weight multiplies the row, which is the same as multiplying its product. SCALED: x has
+    scales by group of 128. HAS_OUTPUT_SCALE: the product is multiplied by its expert's output scale,
+    and the result by its stored scale, which for a gated activation holds the output scale too.
+    QUANTIZE: the result is written in bfloat16 ("none"), in float8_e4m3fn ("tensor"), or so with one
+    scale per row ("group"; BLOCK_N is 128). A pointer to what is not there points anywhere and is
+    not read.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
     expert = tl.load(block_experts_ptr + block).to(tl.int64)
     if expert < 0:
@@ -240,29 +339,63 @@ def first_kernel(
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
-    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     # Columns behind the last one read it again; they are not written.
-    row = tl.minimum(n, I - 1)
-    k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-    gate_at = weight_ptr + expert * (HALVES * I * H) + row[None, :] * H + k[:, None]
-    up_at = gate_at + (HALVES - 1) * I * H
-    x_scale_at = x_scale_ptr + token * x_scale_token
-    tile_row = expert * (HALVES * (I // 128)) + column * BLOCK_N // 128
-    gate_scale_at = weight_scale_ptr + tile_row * (H // 128)
-    up_scale_at = gate_scale_at + (HALVES - 1) * (I // 128) * (H // 128)
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, H, BLOCK_K):
-        group = start // 128
-        x = operand(load_rows(x_at, used, start, H, BLOCK_K), FP8)
-        x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
-        weights = load_weights(up_at, start, H, BLOCK_K)
-        up = step(up, x, x_scale, weights, up_scale_at + group, FP8, DEVICE)
+    row = halves_to_rows(tl.minimum(n, I - 1), I, PACK)
+    if GROUP > 0:
+        gate, up = grouped_sums(
+            x_ptr + token * x_stride,
+            used,
+            weight_ptr,
+            weight_scale_ptr,
+            expert * (HALVES * I) + row,
+            I,
+            HALVES,
+            H,
+            WEIGHTS,
+            GROUP,
+            PACK,
+            EARLY,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            DEVICE,
+        )
+    else:
+        gate, up = plain_sums(
+            x_ptr,
+            x_stride,
+            x_scale_ptr,
+            x_scale_token,
+            x_scale_group,
+            token,
+            used,
+            weight_ptr,
+            weight_scale_ptr,
+            expert,
+            column,
+            row,
+            HALVES,
+            H,
+            I,
+            FP8,
+            WEIGHTS,
+            SCALED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            TMA,
+            DEVICE,
+        )
+    stored_scale = tl.full([], 1.0, tl.float32)
+    if HAS_OUTPUT_SCALE:
+        output_scale = tl.load(output_scale_ptr + expert)
+        stored_scale = tl.load(stored_scale_ptr + expert)
+        up = up * output_scale
+        gate = gate * output_scale
         if HALVES == 2:
-            weights = load_weights(gate_at, start, H, BLOCK_K)
-            gate = step(gate, x, x_scale, weights, gate_scale_at + group, FP8, DEVICE)
+            stored_scale = tl.div_rn(stored_scale, output_scale)
     if ON_INPUT:
         weight = tl.load(routing_ptr + slot, mask=used, other=0.0).to(tl.float32)
         up = up * weight[:, None]
@@ -271,18 +404,23 @@ def first_kernel(
         bias_at = bias_ptr + expert * (HALVES * I) + row
         up = up + tl.load(bias_at + (HALVES - 1) * I)[None, :]
         gate = gate + tl.load(bias_at)[None, :]
-    alpha = setting(alpha_ptr + expert, 1.0, HAS_ALPHA)
-    beta = setting(beta_ptr + expert, 0.0, HAS_BETA)
-    limit = setting(limit_ptr + expert, float("inf"), HAS_LIMIT)
-    hidden = activate(gate, up, alpha, beta, limit, KIND)
-    out_at = out_ptr + place[:, None] * I + n[None, :]
+    hidden = activate(
+        gate,
+        up,
+        setting(alpha_ptr + expert, 1.0, HAS_ALPHA),
+        setting(beta_ptr + expert, 0.0, HAS_BETA),
+        setting(limit_ptr + expert, float("inf"), HAS_LIMIT),
+        KIND,
+    )
+    if HAS_OUTPUT_SCALE:
+        hidden = hidden * stored_scale
     mask = used[:, None] & (n < I)[None, :]
-    if QUANTIZE:
+    if QUANTIZE == "group":
         scale = group_scale(hidden)
-        tl.store(out_at, to_e4m3(hidden, scale, DEVICE), mask=mask)
         tl.store(out_scale_ptr + place * (I // 128) + column, scale, mask=used)
-    else:
-        tl.store(out_at, to_bfloat16(hidden, DEVICE), mask=mask)
+        hidden = tl.div_rn(hidden, tl.broadcast_to(scale[:, None], hidden.shape))
+    stored = to_bfloat16(hidden, DEVICE) if QUANTIZE == "none" else to_e4m3(hidden, DEVICE)
+    tl.store(out_ptr + place[:, None] * I + n[None, :], stored, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -292,6 +430,7 @@ def second_kernel(
     weight_ptr: tl.tensor,
     weight_scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    output_scale_ptr: tl.tensor,
     out_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
@@ -300,45 +439,86 @@ def second_kernel(
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741 - the field's letter
     HAS_BIAS: tl.constexpr,
+    HAS_OUTPUT_SCALE: tl.constexpr,
     FP8: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    EARLY: tl.constexpr,
+    SCALED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """hidden @ w2^T of one block and BLOCK_N columns, each row to its slot's row of `out`.
 
-    FP8 "native": an intermediate that is not QUANTIZED yet is quantised as it is read. FP8 "bits":
-    it stays bfloat16.
+    PARTS blocks here are one of the sorted slots' blocks.
+    SCALED: hidden is float8_e4m3fn with one scale per 128 values. FP8 "bits": it is bfloat16.
     """
+    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(block_experts_ptr + block).to(tl.int64)
+    expert = tl.load(block_experts_ptr + block // PARTS).to(tl.int64)
     if expert < 0:
         return
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
+    # Slots stand first in their block: a part may have none.
+    if tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
+        return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
-    k = tl.arange(0, BLOCK_K)
-    hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
-    hidden_scale_at = hidden_scale_ptr + place * (I // 128)
-    weight_at = weight_ptr + expert * (H * I) + row[None, :] * I + k[:, None]
-    tile_row = expert * (H // 128) + column * BLOCK_N // 128
-    weight_scale_at = weight_scale_ptr + tile_row * (I // 128)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, I, BLOCK_K):
-        group = start // 128
-        hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
-        scale = load_scales(hidden_scale_at + group, used, QUANTIZED)
-        if FP8 == "native" and not QUANTIZED:
-            exact = hidden.to(tl.float32)
-            scale = group_scale(exact)
-            hidden = to_e4m3(exact, scale, DEVICE)
-        weights = load_weights(weight_at, start, I, BLOCK_K)
-        total = step(total, hidden, scale, weights, weight_scale_at + group, FP8, DEVICE)
+    if GROUP > 0:
+        _, total = grouped_sums(
+            hidden_ptr + place * I,
+            used,
+            weight_ptr,
+            weight_scale_ptr,
+            expert * H + row,
+            I,
+            _ONE,
+            I,
+            WEIGHTS,
+            GROUP,
+            PACK,
+            EARLY,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            DEVICE,
+        )
+    else:
+        k = tl.arange(0, BLOCK_K)
+        if TMA:
+            hidden_at = hidden_ptr
+            weight_at = weight_ptr
+        else:
+            hidden_at = hidden_ptr + place[:, None] * I + k[None, :]
+            weight_at = weight_ptr + expert * (H * I) + row[None, :] * I + k[:, None]
+        hidden_scale_at = hidden_scale_ptr + place * (I // 128)
+        weight_row = (expert * H).to(tl.int32) + column * BLOCK_N
+        tile_row = expert * (H // 128) + column * BLOCK_N // 128
+        weight_scale_at = weight_scale_ptr + tile_row * (I // 128)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, I, BLOCK_K):
+            group = start // 128
+            if TMA:
+                # Rows without a slot hold anything, and are not written.
+                hidden = hidden_at.load([block * BLOCK_M, start])  # type: ignore[attr-defined]
+            else:
+                hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
+            scale = load_scales(hidden_scale_at + group, used, SCALED)
+            weights = load_weights(weight_at, weight_row, start, I, BLOCK_K, TMA)
+            total = step(
+                total, hidden, scale, weights, weight_scale_at + group, FP8, WEIGHTS, DEVICE
+            )
+    if HAS_OUTPUT_SCALE:
+        total = total * tl.load(output_scale_ptr + expert)
     if HAS_BIAS:
         total = total + tl.load(bias_ptr + expert * H + row)[None, :]
     out_at = out_ptr + slot.to(tl.int64)[:, None] * H + n[None, :]
@@ -358,8 +538,10 @@ def combine_kernel(
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
+    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

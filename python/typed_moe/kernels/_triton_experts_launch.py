@@ -5,12 +5,16 @@ Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 
 from __future__ import annotations
 
+from typing import Literal
+
+import attrs
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
-from typed_moe.kernels._expert_tiles import ExpertTile
+from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.kernels._experts_math import is_gated_type
 from typed_moe.kernels._fused_rules import power_of_two
 from typed_moe.kernels._triton_experts import (
@@ -19,7 +23,8 @@ from typed_moe.kernels._triton_experts import (
     quantize_kernel,
     second_kernel,
 )
-from typed_moe.kernels._triton_launch import INTERPRETED, on_device
+from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
+from typed_moe.kernels._triton_widen import widen_kernel
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
@@ -28,7 +33,36 @@ _GROUP = 128
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
     """(T * k, H) bfloat16: each slot's expert's output; rows of no local expert are not written."""
     with on_device(operands.hidden.device):
+        if operands.group:
+            operands = attrs.evolve(operands, hidden=widen(operands), hidden_scale=None)
         return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
+
+
+def widen(operands: Operands) -> Tensor:
+    """(T, H) bfloat16: a record's activations times their scales; even columns first for FP4 weights."""
+    x, scale = operands.hidden, operands.hidden_scale
+    tokens, width = x.shape[0], operands.second.shape[1]
+    form = "bf16" if scale is None else "mxfp8" if scale.dtype is torch.uint8 else "nvfp4"
+    if form == "bf16" and operands.pack == 1:
+        return x
+    out = torch.empty((tokens, width), dtype=torch.bfloat16, device=x.device)
+    if tokens == 0:
+        return out
+    block = 512
+    widen_kernel[(tokens, triton.cdiv(width, block * operands.pack))](
+        x if scale is None else x.view(torch.uint8),
+        x if scale is None else scale.view(torch.uint8),
+        out,
+        x.stride(0),
+        0 if scale is None else scale.stride(0),
+        H=width,
+        FORMAT=form,
+        PACK=operands.pack,
+        BLOCK=block,
+        num_warps=4,
+        **follows(x.device),
+    )
+    return out
 
 
 def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
@@ -53,40 +87,92 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
             BLOCK=block,
             DEVICE=not INTERPRETED,
             num_warps=4 if block > 256 else 2,
+            **follows(rows.device),
         )
     return output
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, H) floating point to float8_e4m3fn and (T, H / 128) float32."""
-    tokens, width = x.shape
+def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
+    """(R, H) floating point to float8_e4m3fn and (R, H / 128) float32.
+
+    With `slots` the rows are places, and those without a slot are left as they are.
+    """
+    rows, width = x.shape
     groups = width // _GROUP
-    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((tokens, groups), dtype=torch.float32, device=x.device)
-    if tokens == 0:
+    data = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
+    if rows == 0:
         return data, scale
     together = 8
     with on_device(x.device):
-        quantize_kernel[(tokens, triton.cdiv(groups, together))](
+        quantize_kernel[(rows, triton.cdiv(groups, together))](
             x,
             data,
             scale,
+            x if slots is None else slots.sorted.slots,
+            x if slots is None else slots.sorted.block_experts,
+            0 if slots is None else slots.ids.numel(),
             x.stride(0),
             H=width,
             GROUPS=together,
+            BLOCK_M=0 if slots is None else slots.sorted.block_size,
             DEVICE=not INTERPRETED,
             num_warps=4,
+            **follows(x.device),
         )
     return data, scale
 
 
-def quantizes(tile: ExpertTile, fp8: Fp8) -> bool:
-    """Whether the first product writes the intermediate in float8_e4m3fn: its tile has a whole group."""
-    return fp8 == "native" and tile.first.block_n == _GROUP
+def quantizes(operands: Operands, tile: ExpertTile) -> Literal["none", "tensor", "group"]:
+    """Whether the first product writes float8_e4m3fn: its scale is static, or its tile a whole group."""
+    if operands.fp8 != "native":
+        return "none"  # bfloat16 is closer to exact arithmetic than any format asks for
+    if operands.scales == "plain":
+        return "tensor"
+    return "group" if tile.first.block_n == _GROUP else "none"
 
 
 def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
     return tensor.view(torch.uint8) if fp8 == "bits" else tensor
+
+
+def _matrix(matrix: Tensor, operands: Operands) -> Tensor:
+    """A matrix's elements as the kernels load them."""
+    return matrix.view(torch.uint8) if operands.group else _bytes(matrix, operands.fp8)
+
+
+def _scales(scale: Tensor | None, operands: Operands) -> Tensor:
+    """A matrix's scales likewise, or a pointer for a kernel that will not read it."""
+    if scale is None:
+        return operands.hidden
+    return scale.view(torch.uint8) if operands.group else scale
+
+
+def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescriptor:
+    """The matrix, or a descriptor of it whose tiles are `rows` high, for the card to copy by itself."""
+    if not gemm.tma:
+        return matrix
+    flat = matrix.view(-1, matrix.shape[-1])
+    return TensorDescriptor.from_tensor(flat, [rows, gemm.block_k])
+
+
+def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
+    """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need.
+
+    And for weights that have a scale for every few values: they are taken apart in registers.
+    """
+    if tile.tma and (operands.group or matrix.data_ptr() % 16):
+        return attrs.evolve(tile, tma=False)
+    return tile
+
+
+def _early(operands: Operands, gemm: GemmTile, width: int) -> bool:
+    """Whether a step's scales are too few, or stand too crookedly, for loads of four bytes a thread."""
+    if not operands.group:
+        return False
+    in_row = gemm.block_k // operands.group
+    crooked = in_row % 4 != 0 or width // operands.group % 4 != 0
+    return crooked or gemm.block_n * in_row < 4 * 32 * gemm.warps
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -97,26 +183,33 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 def first(
     operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
 ) -> tuple[Tensor, Tensor | None]:
-    """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised."""
-    x, scale, local, gemm = operands.hidden, operands.hidden_scale, slots.sorted, tile.first
-    width, places = operands.second.shape[2], local.slots.shape[0]
-    quantize = quantizes(tile, operands.fp8)
-    dtype = torch.float8_e4m3fn if quantize else torch.bfloat16
+    """The intermediate by place, (P, I), and its scales (P, I / 128) where it is quantised.
+
+    Quantised by the product where its scale is static or its tile has a whole group of 128, and by one
+    more launch otherwise.
+    """
+    x, scale, local = operands.hidden, operands.hidden_scale, slots.sorted
+    gemm = _gemm(tile.first, operands.first, operands)
+    width, places = operands.width, local.slots.shape[0]
+    fused, outputs = quantizes(operands, tile), operands.outputs
+    dtype = torch.bfloat16 if fused == "none" else torch.float8_e4m3fn
     hidden = torch.empty((places, width), dtype=dtype, device=x.device)
     hidden_scale = None
-    if quantize:
+    if fused == "group":
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
         _or(scale, x),
-        _bytes(operands.first, operands.fp8),
-        _or(operands.first_scale, x),
+        _tiles(_matrix(operands.first, operands), gemm.block_n, gemm),
+        _scales(operands.first_scale, operands),
         _or(experts.gemm1_bias, x),
         slots.weights,
         _or(experts.gemm1_alpha, x),
         _or(experts.gemm1_beta, x),
         _or(experts.gemm1_clamp_limit, x),
+        x if outputs is None else outputs.first,
+        x if outputs is None else outputs.stored,
         hidden,
         _or(hidden_scale, x),
         local.slots,
@@ -135,18 +228,27 @@ def first(
         HAS_BETA=experts.gemm1_beta is not None,
         HAS_LIMIT=experts.gemm1_clamp_limit is not None,
         HAS_BIAS=experts.gemm1_bias is not None,
+        HAS_OUTPUT_SCALE=outputs is not None,
         ON_INPUT=slots.on_input,
         FP8=operands.fp8,
+        WEIGHTS=operands.scales,
+        GROUP=operands.group,
+        PACK=operands.pack,
+        EARLY=_early(operands, gemm, x.shape[1]),
         SCALED=scale is not None,
-        QUANTIZE=quantize,
+        QUANTIZE=fused,
         BLOCK_M=tile.block_m,
         BLOCK_N=gemm.block_n,
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
+        TMA=gemm.tma,
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(x.device),
     )
+    if operands.fp8 == "native" and fused == "none":
+        return quantize(hidden, slots)
     return hidden, hidden_scale
 
 
@@ -158,17 +260,20 @@ def second(
     intermediate: tuple[Tensor, Tensor | None],
 ) -> Tensor:
     """(T * k, H) bfloat16 from what `first` gave."""
-    local, gemm = slots.sorted, tile.second
+    local, outputs = slots.sorted, operands.outputs
+    gemm = _gemm(tile.second, operands.second, operands)
     hidden, hidden_scale = intermediate
-    _, height, width = operands.second.shape
+    height, width = operands.second.shape[1], operands.width
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
-    blocks = local.block_experts.shape[0]
+    parts = tile.block_m // tile.second_rows
+    blocks = local.block_experts.shape[0] * parts
     second_kernel[(blocks * triton.cdiv(height, gemm.block_n),)](
-        hidden,
+        _tiles(hidden, tile.second_rows, gemm),
         _or(hidden_scale, hidden),
-        _bytes(operands.second, operands.fp8),
-        _or(operands.second_scale, hidden),
+        _tiles(_matrix(operands.second, operands), gemm.block_n, gemm),
+        _scales(operands.second_scale, operands),
         _or(experts.gemm2_bias, hidden),
+        hidden if outputs is None else outputs.second,
         out,
         local.slots,
         local.block_experts,
@@ -177,14 +282,22 @@ def second(
         H=height,
         I=width,
         HAS_BIAS=experts.gemm2_bias is not None,
+        HAS_OUTPUT_SCALE=outputs is not None,
         FP8=operands.fp8,
-        QUANTIZED=hidden_scale is not None,
-        BLOCK_M=tile.block_m,
+        WEIGHTS=operands.scales,
+        GROUP=operands.group,
+        PACK=operands.pack,
+        EARLY=_early(operands, gemm, width),
+        SCALED=hidden_scale is not None,
+        PARTS=parts,
+        BLOCK_M=tile.second_rows,
         BLOCK_N=gemm.block_n,
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
+        TMA=gemm.tma,
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
+        **follows(hidden.device),
     )
     return out

@@ -6,6 +6,7 @@ Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Literal, final
 
 import attrs
@@ -16,7 +17,7 @@ from torch import Tensor
 from typed_moe.kernels._fused_rules import RouteSettings, power_of_two
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._triton_route import route_kernel
-from typed_moe.kernels._triton_slots import count_kernel, place_kernel
+from typed_moe.kernels._triton_slots import count_kernel, place_kernel, scan_kernel
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton runs its kernels in NumPy on the CPU, for tests (TRITON_INTERPRET=1)."""
@@ -24,6 +25,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LANES = 32
 _COUNTS_PER_WARP = 1024
 """Bytes of chunk counts that a warp of the second launch loads before it adds them up: 32 a lane."""
+_SCANNED_EXPERTS, _SCANNED_CHUNKS = 16, 512
+"""What a program of the launch between adds up at a time."""
 _WHOLE_SLOTS = 128
 """Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
 
@@ -39,19 +42,20 @@ class Tile:
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
         whole_warps: of that program, at most.
-        overlap: 1 for programmatic dependent launch: the second launch starts while the first one runs,
-            and waits before it reads. Compute capability 9.0 and above.
-        place_warps: of a program of the second launch.
-        place_programs: of the second launch, at most.
+        overlap: programmatic dependent launch, where the card has it.
+        scan: from how many chunk counts on a launch of its own adds them up; one per chunk and expert.
+        place_warps: of a program of the last launch.
+        place_programs: of the last launch, at most, where nothing was added up for it.
     """
 
     rows: int
     width: int = _LANES
     warps: int
-    whole: int = 8
-    whole_warps: int = 16
-    overlap: int = 0
-    place_warps: int = 16
+    whole: int = 4
+    whole_warps: int = 4
+    overlap: bool = True
+    scan: int = 32768
+    place_warps: int = 4
     place_programs: int = 128
 
 
@@ -111,7 +115,6 @@ def _route_rows(
     bias = None if bias is None else bias.contiguous()
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
     tile = tile_of(settings, tokens) if tile is None else tile
-    tile = attrs.evolve(tile, overlap=0) if INTERPRETED else tile
     if sort is None:
         _route(call, tile, "none", None, None)
         return ids, weights, None
@@ -126,6 +129,17 @@ def _route_rows(
     _route(call, tile, "count", slots, counts)
     _place(slots, ids, counts, tile, chunk=tile.rows * top_k)
     return ids, weights, slots
+
+
+def follows(device: torch.device, *, wanted: bool = True) -> dict[str, bool]:
+    """The options of a launch that starts while the one before it runs: compute capability 9.0 and above."""
+    pdl = wanted and _has_dependent_launch(device)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def sort_slots(ids: Tensor, sort: SortRequest) -> SortedSlots:
@@ -159,6 +173,7 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
         L_PAD=counts.shape[1],
         L_TILE=width,
         num_warps=4,
+        **follows(ids.device),
     )
     _place(slots, ids, counts, Tile(rows=1, warps=1), chunk=chunk)
     return slots
@@ -174,7 +189,6 @@ def _route(
     settings, logits, rule = call.settings, call.logits, call.settings.rule
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
-    overlap = tile.overlap if mode == "count" else 0
     whole = slots if mode == "whole" else None
     route_kernel[(triton.cdiv(logits.shape[0], tile.rows),)](
         logits,
@@ -214,23 +228,25 @@ def _route(
         BLOCK=1 if whole is None else whole.block_size,
         L_PAD=1 if slots is None else power_of_two(slots.counts.shape[0]),
         DEVICE=not INTERPRETED,
-        PDL=overlap != 0,
         num_warps=tile.warps,
+        **follows(logits.device, wanted=tile.overlap),
     )
 
 
 def _place(
     slots: SortedSlots, ids: Tensor, chunk_counts: Tensor, tile: Tile, *, chunk: int
 ) -> None:
-    """The second launch: every slot to its place."""
+    """The last launch: every slot to its place; and before it, for many chunks, their sums."""
     chunks, local_pad = chunk_counts.shape
-    num_local = slots.counts.shape[0]
-    per_program = power_of_two(triton.cdiv(chunks, tile.place_programs))
+    scanned = chunk_counts.numel() >= tile.scan
+    before = _scan(slots, chunk_counts, tile) if scanned else None
+    per_program = 1 if scanned else power_of_two(triton.cdiv(chunks, tile.place_programs))
     programs = triton.cdiv(chunks, per_program)
-    options = {"launch_pdl": True} if tile.overlap else {}
+    chunk_pad, filled = power_of_two(chunk), power_of_two(triton.cdiv(local_pad, programs))
     place_kernel[(programs,)](
         ids,
         chunk_counts,
+        before,
         slots.slots,
         slots.counts,
         slots.offsets,
@@ -238,19 +254,41 @@ def _place(
         ids.numel(),
         chunks,
         slots.first_local,
-        num_local,
+        slots.counts.shape[0],
         slots.block_experts.shape[0],
         CHUNK=chunk,
-        CHUNK_PAD=power_of_two(chunk),
+        CHUNK_PAD=chunk_pad,
         CHUNKS=per_program,
-        OTHERS=min(32, power_of_two(chunk)),
+        OTHERS=min(32, chunk_pad),
         L_PAD=local_pad,
         TILE=max(1, min(power_of_two(chunks), _COUNTS_PER_WARP * tile.place_warps // local_pad)),
+        # The fewer rows of a block are looked at, whosever they are.
+        FILLED=filled if filled < chunk_pad * per_program else 0,
         BLOCK=slots.block_size,
-        PDL=tile.overlap != 0,
+        SCANNED=scanned,
         num_warps=tile.place_warps,
-        **options,
+        **follows(ids.device, wanted=tile.overlap),
     )
+
+
+def _scan(slots: SortedSlots, chunk_counts: Tensor, tile: Tile) -> Tensor:
+    """(C, L) int32: an expert's slots in earlier chunks; and all of them, in `slots.counts`."""
+    chunks, local_pad = chunk_counts.shape
+    before = torch.empty_like(chunk_counts, dtype=torch.int32)
+    width = min(_SCANNED_EXPERTS, local_pad)
+    scan_kernel[(local_pad // width,)](
+        chunk_counts,
+        before,
+        slots.counts,
+        chunks,
+        slots.counts.shape[0],
+        L_PAD=local_pad,
+        L_TILE=width,
+        TILE=min(_SCANNED_CHUNKS, power_of_two(chunks)),
+        num_warps=8,
+        **follows(chunk_counts.device, wanted=tile.overlap),
+    )
+    return before
 
 
 def _chunk_counts(chunks: int, sort: SortRequest, device: torch.device) -> Tensor:

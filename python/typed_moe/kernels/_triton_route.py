@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import IN_MEMORY, close_blocks, place_slots
+from typed_moe.kernels._triton_slots import BY_SLOTS, IN_MEMORY, close_blocks, follow, place_slots
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -211,6 +210,7 @@ def sort_rows(
         OTHERS,
         BLOCK,
         IN_MEMORY,
+        BY_SLOTS,
     )
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
@@ -274,9 +274,7 @@ def route_kernel(
     or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
     them.
     """
-    if PDL:
-        # The second launch may start now: it waits before it reads what this one writes.
-        gdc_launch_dependents()
+    follow(PDL)
     program = tl.program_id(0)
     place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
     within = place % GROUP_PAD

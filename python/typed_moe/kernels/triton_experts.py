@@ -9,6 +9,7 @@ Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Literal, Protocol, final
@@ -17,18 +18,21 @@ import attrs
 import torch
 from torch import Tensor
 
-from typed_moe.config import Bf16, Format, Fp8BlockScale, Unquantized
+from typed_moe.config import Format, Fp8BlockScale, MxFp4, MxFp8, Nvfp4, Unquantized
 from typed_moe.errors import UnsupportedRouting
-from typed_moe.kernels._expert_operands import Operands, Slots
+from typed_moe.kernels._expert_operands import Operands, Outputs, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of, tile_of
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._slots import SortedSlots, SortRequest
+from typed_moe.kernels._tile_file import own_table, tile_file, tile_file_refusal
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
 from typed_moe.kernels.args import (
     Bf16MoeArgs,
     ExpertArgs,
+    Fp4MoeArgs,
     Fp8BlockMoeArgs,
+    Fp8PerTensorMoeArgs,
     MoeArgs,
     Precomputed,
     Routing,
@@ -47,8 +51,19 @@ from typed_moe.routing import (
     as_global_ids,
 )
 
-_MULTIPLE_BF16 = 8
-_MULTIPLE_FP8 = 128
+_MULTIPLE_FP8_BLOCK = 128
+_MULTIPLES: Mapping[str, int] = MappingProxyType(
+    {
+        "bf16": 8,
+        "unquantized": 8,
+        "fp8_per_tensor": 16,
+        "fp8_block": _MULTIPLE_FP8_BLOCK,
+        "mxfp8": 32,
+        "mxfp4": 32,
+        "nvfp4": 16,
+    }
+)
+"""Of both widths, by format: 16 bytes in a row, and whole groups that share a scale."""
 _NATIVE_FP8 = (8, 9)
 
 TRITON_RULES = KernelRules(
@@ -64,13 +79,15 @@ TRITON_RULES = KernelRules(
 @final
 @attrs.frozen(kw_only=True)
 class TritonKernel:
-    """Portable expert kernels: `Bf16MoeArgs`, and `Fp8BlockMoeArgs` with DeepSeek's scales.
+    """Portable expert kernels: every record but `MxInt4MoeArgs` and `Fp8PerChannelMoeArgs`.
 
     Attributes:
-        fp8: how float8_e4m3fn is multiplied: "native" by the card's FP8 matrix units (compute
-            capability 8.9 and above), "bits" as bfloat16 after a conversion in registers, with the
-            intermediate in bfloat16. None: "native" where the card can.
-        tile: for every call, whatever its size; None takes the card's from the table.
+        fp8: how float8_e4m3fn with float32 scales is multiplied: "native" by the card's FP8 matrix
+            units (compute capability 8.9 and above), "bits" as bfloat16 after a conversion in
+            registers, with the intermediate in bfloat16. None: "native" where the card can. MX and FP4
+            weights always become bfloat16 in registers; for them it is refused.
+        tile: for every call, whatever its size; None takes the card's from the table, or from the
+            file of `typed-moe tune` that TYPED_MOE_TILES names.
     """
 
     fp8: Literal["native", "bits"] | None = None
@@ -128,7 +145,7 @@ class TritonKernel:
 
     def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
         """`quantize_activation` in one launch for `Fp8BlockScale`; itself for everything else."""
-        fits = hidden_states.dim() == 2 and hidden_states.shape[1] % _MULTIPLE_FP8 == 0
+        fits = hidden_states.dim() == 2 and hidden_states.shape[1] % _MULTIPLE_FP8_BLOCK == 0
         if not isinstance(quant, Fp8BlockScale) or not fits or self._fp8(hidden_states) != "native":
             return quantize_activation(hidden_states, quant)
         data, scale = _launch().quantize(_rows(hidden_states))
@@ -152,12 +169,30 @@ class TritonKernel:
                     second=args.gemm2_weights,
                     second_scale=args.gemm2_weights_scale,
                     fp8=self._fp8(args.hidden_states),
+                    scales="block",
                 )
+            case Fp8PerTensorMoeArgs():
+                return Operands(
+                    hidden=_rows(args.hidden_states),
+                    first=args.gemm1_weights,
+                    second=args.gemm2_weights,
+                    fp8=self._fp8(args.hidden_states),
+                    outputs=Outputs(
+                        first=args.output1_scales_gate_scalar,
+                        stored=args.output1_scales_scalar,
+                        second=args.output2_scales_scalar,
+                    ),
+                )
+            case Fp8BlockMoeArgs():
+                return _grouped(args, "mxfp8")
+            case Fp4MoeArgs():
+                return _grouped(args, "mxfp4" if args.output2_scale_scalar is None else "nvfp4")
             case _:
                 raise TypeError(
-                    f"the Triton kernels take Bf16MoeArgs in bfloat16 and Fp8BlockMoeArgs of type "
-                    f"DeepSeekFp8; this is {type(args).__name__} with {args.hidden_states.dtype} "
-                    "hidden_states. TritonKernel().rules says so before a call"
+                    "the Triton kernels take every record but MxInt4MoeArgs and "
+                    f"Fp8PerChannelMoeArgs, and Bf16MoeArgs in bfloat16; this is "
+                    f"{type(args).__name__} with {args.hidden_states.dtype} hidden_states. "
+                    "TritonKernel().rules says so before a call"
                 )
 
     def _placed(self, args: MoeArgs, operands: Operands) -> tuple[ExpertTile, Slots]:
@@ -169,8 +204,7 @@ class TritonKernel:
             slots = tokens * (experts.top_k + shared)
             if isinstance(args.routing, Precomputed):
                 slots = args.routing.topk_ids.numel()
-            operand: Operand = "bf16" if operands.fp8 == "none" else "fp8"
-            table = _table(operands.hidden.device, operand)
+            table = _table(operands.hidden.device, _operand(operands))
             tile = tile_of(table, slots / (experts.num_experts + shared))
         request = SortRequest(
             first_local=experts.local_expert_offset,
@@ -180,6 +214,15 @@ class TritonKernel:
         return tile, _slots(args.routing, experts, request)
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
+        if self.fp8 is not None and isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4):
+            return (
+                f"fp8={self.fp8!r} says how FP8 with float32 scales is multiplied; {request.quant.name} "
+                "becomes bfloat16 in registers on every card; leave it out"
+            )
+        if self.tile is None and tile_file() is not None:
+            wrong = tile_file_refusal(_card(request.device))
+            if wrong is not None:
+                return wrong
         if self.fp8 == "native" and not _has_fp8(request.device):
             return (
                 "fp8='native' asks for FP8 matrix units, which start at compute capability "
@@ -190,18 +233,15 @@ class TritonKernel:
 
 def _format_refusal(request: KernelRequest) -> str | None:
     quant = request.quant
-    match quant:
-        case Bf16() | Unquantized():
-            multiple = _MULTIPLE_BF16
-            if isinstance(quant, Unquantized) and request.dtype is not torch.bfloat16:
-                return (
-                    f"multiplies unquantised weights in torch.bfloat16; this layer's are "
-                    f"{request.dtype}; pass dtype=torch.bfloat16"
-                )
-        case Fp8BlockScale():
-            multiple = _MULTIPLE_FP8
-        case _:
-            return f"multiplies bf16 and fp8_block; this layer's format is {quant.name}"
+    multiple = _MULTIPLES.get(quant.name)
+    if multiple is None:
+        served = ", ".join(_MULTIPLES)
+        return f"multiplies {served}; this layer's format is {quant.name}"
+    if isinstance(quant, Unquantized) and request.dtype is not torch.bfloat16:
+        return (
+            f"multiplies unquantised weights in torch.bfloat16; this layer's are "
+            f"{request.dtype}; pass dtype=torch.bfloat16"
+        )
     width = request.placement.local_intermediate_size(request.intermediate_size)
     if request.hidden_size % multiple or width % multiple:
         return (
@@ -218,6 +258,39 @@ def _shared_refusal(request: KernelRequest) -> str | None:
             f"{request.placement.ep_size} they would be added once per rank; run them unfused"
         )
     return None
+
+
+def _grouped(
+    args: Fp8BlockMoeArgs | Fp4MoeArgs, scales: Literal["mxfp8", "mxfp4", "nvfp4"]
+) -> Operands:
+    """A record whose weights have a scale for every few values of the sum."""
+    scale = args.hidden_states_scale
+    return Operands(
+        hidden=_rows(args.hidden_states),
+        hidden_scale=None if scale is None else _rows(scale),
+        first=args.gemm1_weights,
+        first_scale=args.gemm1_weights_scale,
+        second=args.gemm2_weights,
+        second_scale=args.gemm2_weights_scale,
+        scales=scales,
+        outputs=_fp4_outputs(args) if isinstance(args, Fp4MoeArgs) else None,
+    )
+
+
+def _fp4_outputs(args: Fp4MoeArgs) -> Outputs | None:
+    """The output scales of NVFP4; MXFP4 has none."""
+    first, stored = args.output1_scale_gate_scalar, args.output1_scale_scalar
+    second = args.output2_scale_scalar
+    if first is None or stored is None or second is None:
+        return None
+    return Outputs(first=first, stored=stored, second=second)
+
+
+def _operand(operands: Operands) -> Operand:
+    """Whose tiles are meant."""
+    if operands.group:
+        return "mxfp8" if operands.pack == 1 else "fp4"
+    return "bf16" if operands.fp8 == "none" else "fp8"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -290,8 +363,13 @@ def _settings(
 
 @cache
 def _table(device: torch.device, operand: Operand) -> Table:
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return table_of(card, operand)
+    card = _card(device)
+    return own_table(card, operand) or table_of(card, operand)
+
+
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 @cache

@@ -1,0 +1,131 @@
+"""What `bench layer` times: this package's layer, and its peers, behind one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol, final
+
+import attrs
+import torch
+from torch import Tensor
+
+from typed_moe.cli._bench_weights import StoredLayer
+from typed_moe.cli._errors import UserError
+from typed_moe.layer import FusedMoE
+from typed_moe.routing import Refused
+
+
+class Runnable(Protocol):
+    """**Protocol:** one layer, from logits to the combined output."""
+
+    def __call__(self, hidden_states: Tensor, router_logits: Tensor, /) -> Tensor:
+        """(T, H) and (T, E) to (T, H)."""
+        ...
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Built:
+    """A side that is ready to run.
+
+    Attributes:
+        layers: one for each that was stored.
+        about: what runs, for the report.
+        roundings: to bfloat16 that it makes beyond those of a fused layer, for the bound on its
+            error.
+        tune: called once for each T, before anything is checked or timed.
+    """
+
+    layers: tuple[Runnable, ...]
+    about: str
+    roundings: int = 0
+    tune: Runnable | None = None
+
+
+class Side(Protocol):
+    """**Protocol:** a column of the table."""
+
+    @property
+    def name(self) -> str:
+        """For the report, and for `--peer`."""
+        ...
+
+    def build(self, stored: Sequence[StoredLayer], /) -> Built | Refused:
+        """Runs of these layers, or why there are none: not installed, or no such format."""
+        ...
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Ours:
+    """`FusedMoE`, with the kernel that its plan chooses."""
+
+    name: str = "typed-moe"
+
+    def build(self, stored: Sequence[StoredLayer], /) -> Built | Refused:
+        """With the weights copied in: a kernel may rearrange them."""
+        try:
+            layers = tuple(self._layer(one) for one in stored)
+        except ValueError as error:
+            return Refused(" ".join(str(error).split()))
+        plan = layers[0].plan
+        return Built(
+            layers=layers, about=f"FusedMoE, kernel {plan.kernel}, {plan.form.value} routing"
+        )
+
+    def _layer(self, stored: StoredLayer) -> FusedMoE:
+        shape = stored.shape
+        layer = FusedMoE(
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            routing=shape.routing,
+            quant=stored.quant,
+            activation=shape.activation,
+            has_bias=shape.has_bias,
+            device=stored.state["w13_weight"].device,
+            dtype=torch.bfloat16,
+        )
+        layer.load_state_dict(stored.state)
+        layer.prepare_weights()
+        return layer
+
+
+def _torch() -> Side:
+    from typed_moe.cli._peer_torch import TorchGroupedMm  # noqa: PLC0415 - where it is timed
+
+    return TorchGroupedMm()
+
+
+def _transformers() -> Side:
+    from typed_moe.cli._peer_transformers import Transformers  # noqa: PLC0415 - takes seconds
+
+    return Transformers()
+
+
+def _cutile() -> Side:
+    from typed_moe.cli._peer_cutile import FlashInferCuTile  # noqa: PLC0415 - takes seconds
+
+    return FlashInferCuTile()
+
+
+_PEERS: Mapping[str, Callable[[], Side]] = MappingProxyType(
+    {"torch": _torch, "transformers": _transformers, "flashinfer-cutile": _cutile}
+)
+PEERS: tuple[str, ...] = tuple(_PEERS)
+"""What `--peer` takes."""
+
+
+def sides(peers: tuple[str, ...]) -> tuple[Side, ...]:
+    """This package's layer, then these peers; all of them, where none is named.
+
+    Raises:
+        UserError: no such peer.
+    """
+    unknown = [name for name in peers if name not in _PEERS and name != "none"]
+    if unknown:
+        raise UserError(f"--peer is {unknown[0]!r}; allowed: {', '.join(PEERS)}, none")
+    names = [name for name in peers if name != "none"] if peers else PEERS
+    return (Ours(), *(_PEERS[name]() for name in names))
