@@ -221,6 +221,8 @@ def test_acceptance_40_our_functions_take_what_sglangs_take(trtllm: Plugin) -> N
         module, name = target.rsplit(".", 1)
         theirs = inspect.unwrap(getattr(importlib.import_module(module), name))
         assert _names(theirs)[:3] == ["dispatch_output", "quant_info", "runner_config"]
+        # What it says, the TopK's output says too: ids, or logits.
+        assert _names(theirs)[3:] in ([], ["use_routed_topk"])
     bind = _names(inspect.unwrap(TopK.bind_runner_backend))
     assert bind == ["self", "runner_backend", "routing_method_type"]
     for name in (
