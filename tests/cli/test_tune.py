@@ -267,7 +267,14 @@ def test_what_can_fit_is_compiled_ahead_once(card: Card, monkeypatch: pytest.Mon
 def test_a_format_without_tiles_is_refused() -> None:
     with pytest.raises(UserError, match="--format mxint4: the Triton expert kernels have no tiles"):
         operand_of(MxInt4())
-    assert operand_of(FORMATS["bf16"]) == "bf16"
+    assert {
+        name: operand_of(FORMATS[name]) for name in ("bf16", "fp8_block", "mxfp8", "mxfp4")
+    } == {
+        "bf16": "bf16",
+        "fp8_block": "fp8",
+        "mxfp8": "mxfp8",
+        "mxfp4": "fp4",
+    }
 
 
 # --- the tables -----------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
     least, most = _VALUES_PER_WARP
     if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
         return False  # a step of a product is the 128 values that share a scale
-    if tile.tma and height < _TALL:
-        return False
+    if tile.tma and (height < _TALL or operand in {"mxfp8", "fp4"}):
+        return False  # weights that are unpacked in registers are loaded without it
     return least <= height * tile.block_n // tile.warps <= most
 
 
