@@ -234,7 +234,7 @@ def test_fp8_blocks(
 
 
 @pytest.mark.parametrize("fp8", ["native", "bits"])
-@pytest.mark.parametrize("tile", [None, SMALL], ids=["table", "several steps"])
+@pytest.mark.parametrize("tile", [None, GROUPED], ids=["table", "several steps"])
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_per_tensor(
     fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind
