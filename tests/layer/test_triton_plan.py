@@ -29,7 +29,15 @@ from typed_moe import (
 )
 from typed_moe.config import Placement
 from typed_moe.kernels import KernelRequest, triton_experts
-from typed_moe.kernels._expert_tiles import ANY_CARD, HOPPER, Operand, table_of, tile_of
+from typed_moe.kernels._expert_tiles import (
+    ANY_CARD,
+    HOPPER,
+    ExpertTile,
+    GemmTile,
+    Operand,
+    table_of,
+    tile_of,
+)
 from typed_moe.routing import KernelRules
 from typed_moe.runners import _planning
 from typed_moe.runners._planning import decide
@@ -171,6 +179,19 @@ def test_fp8_says_nothing_about_mx_and_fp4(fp8: Literal["native", "bits"], quant
     rules = TritonKernel(fp8=fp8).rules(attrs.evolve(REQUEST, quant=quant))
     assert isinstance(rules, Refused)
     assert f"{quant.name} becomes bfloat16 in registers on every card" in rules.reason
+
+
+@pytest.mark.usefixtures("card")
+def test_a_step_is_whole_groups() -> None:
+    """A tile of one's own that would split the values that share a scale."""
+    gemm = GemmTile(block_n=32, block_k=16, warps=4, stages=2)
+    kernel = TritonKernel(
+        tile=ExpertTile(block_m=16, first=attrs.evolve(gemm, block_k=64), second=gemm)
+    )
+    rules = kernel.rules(attrs.evolve(REQUEST, quant=Nvfp4()))
+    assert isinstance(rules, Refused)
+    assert "block_k are 64 and 16; allowed in nvfp4: 32 and above" in rules.reason
+    assert isinstance(kernel.rules(REQUEST), KernelRules)
 
 
 @OPERANDS

@@ -65,6 +65,7 @@ _MULTIPLES: Mapping[str, int] = MappingProxyType(
 )
 """Of both widths, by format: 16 bytes in a row, and whole groups that share a scale."""
 _NATIVE_FP8 = (8, 9)
+_LEAST_STEP = 32
 
 TRITON_RULES = KernelRules(
     kernel="triton",
@@ -216,11 +217,10 @@ class TritonKernel:
         return tile, _slots(args.routing, experts, request)
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
-        if self.fp8 is not None and isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4):
-            return (
-                f"fp8={self.fp8!r} says how FP8 with float32 scales is multiplied; {request.quant.name} "
-                "becomes bfloat16 in registers on every card; leave it out"
-            )
+        if isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4):
+            wrong = self._grouped_refusal(request.quant.name)
+            if wrong is not None:
+                return wrong
         if self.tile is None and tile_file() is not None:
             wrong = tile_file_refusal(_card(request.device))
             if wrong is not None:
@@ -229,6 +229,21 @@ class TritonKernel:
             return (
                 "fp8='native' asks for FP8 matrix units, which start at compute capability "
                 f"{_NATIVE_FP8[0]}.{_NATIVE_FP8[1]}; leave it out"
+            )
+        return None
+
+    def _grouped_refusal(self, name: str) -> str | None:
+        """Settings that say nothing of weights with a scale for every few values, or do not fit them."""
+        if self.fp8 is not None:
+            return (
+                f"fp8={self.fp8!r} says how FP8 with float32 scales is multiplied; {name} becomes "
+                "bfloat16 in registers on every card; leave it out"
+            )
+        tile = self.tile
+        if tile is not None and min(tile.first.block_k, tile.second.block_k) < _LEAST_STEP:
+            return (
+                f"the tile's block_k are {tile.first.block_k} and {tile.second.block_k}; allowed in "
+                f"{name}: {_LEAST_STEP} and above, whole groups that share a scale"
             )
         return None
 
