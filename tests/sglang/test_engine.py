@@ -149,6 +149,43 @@ def test_the_same_tokens_with_our_backend(tmp_path: Path) -> None:
     assert "on the reference kernel" in served.log
 
 
+@pytest.mark.parametrize("model", MODELS[1:], ids=lambda model: model.model_type)
+def test_a_model_runner_by_itself(model: Model, tmp_path: Path) -> None:
+    """SGLang's `ModelRunner` without a scheduler: transformers' logits at every step."""
+    from transformers import AutoModelForCausalLM
+
+    checkpoint(model, tmp_path)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.sglang.model_runner_run",
+            tmp_path,
+            "typed_moe",
+        ],
+        env={**os.environ, "TYPED_MOE_TEST_MODEL": model.model_type},
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    found = json.loads(line.removeprefix("FOUND "))
+    assert found["tokens"] == expected(tmp_path)[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([PROMPTS[0] + found["tokens"][:-1]])).logits[0]
+    torch.testing.assert_close(
+        torch.tensor(found["logits"]), logits[len(PROMPTS[0]) - 1 :], rtol=1e-4, atol=1e-5
+    )
+    assert len(found["ran"]) == COMMON["num_hidden_layers"]
+    assert all(line.startswith(model.strategy) for line in found["ran"])
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="SGLang binds each rank to a core")
 @pytest.mark.parametrize(
     ("model", "ep"),

@@ -49,9 +49,11 @@ class AnyTile:
         """As the kernel's."""
         return self.kernel.prepare(weights, request)
 
-    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
+    def quantize(
+        self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
+    ) -> Quantized:
         """As the kernel's."""
-        return self.kernel.quantize(hidden_states, quant)
+        return self.kernel.quantize(hidden_states, quant, input_scale=input_scale)
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         return self.kernel(args)
