@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from tests.cli.calls import Cli, items, number, part
-from typed_moe.cli import _app, _bench
+from typed_moe.cli import _app_bench, _bench
 from typed_moe.cli._bench_calls import Pair, open_library, pairs
 
 pytest.importorskip("flashinfer", reason="the calls are calls to it")
@@ -53,7 +53,7 @@ def _compare(entry: str, mine: Mapping[str, object], theirs: Mapping[str, object
 def test_json(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every format, form and T, and medians of them."""
     monkeypatch.setattr(_bench, "_ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(_app, "bench_overhead", lambda steps: _bench.bench_overhead(steps, 3))
+    monkeypatch.setattr(_app_bench, "bench_overhead", lambda steps: _bench.bench_overhead(steps, 3))
     done = cli("bench", "overhead", "--json")
     data = done.json()
 
@@ -77,7 +77,7 @@ def test_json(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_table(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench, "_ROUND_SECONDS", 0.0)
-    monkeypatch.setattr(_app, "bench_overhead", lambda steps: _bench.bench_overhead(steps, 2))
+    monkeypatch.setattr(_app_bench, "bench_overhead", lambda steps: _bench.bench_overhead(steps, 2))
     done = cli("bench", "overhead")
 
     assert done.status == 0

@@ -161,11 +161,25 @@ def test_a_side_that_cannot_be_captured_has_its_host_time() -> None:
     assert cell.reason.startswith("in no CUDA graph: RuntimeError: operation not permitted")
 
 
-def test_other_formats_than_bfloat16_are_refused_by_the_peers() -> None:
+def test_other_formats_are_refused_by_the_peers() -> None:
     for side in (TorchGroupedMm(), Transformers(), _peer_cutile.FlashInferCuTile()):
         cell = only(block_of(side, quant=Fp8BlockScale()))
         assert cell.state == "absent"
-        assert "bfloat16 alone" in cell.reason
+        assert "bfloat16 alone" in cell.reason or "timed in bf16, and in mxfp4" in cell.reason
+
+
+def test_cutile_gets_the_gate_where_it_reads_it() -> None:
+    """FlashInfer's preparation turns its own order into the kernel's, which is ours, transposed."""
+    pytest.importorskip("flashinfer")
+    fused_moe = quiet_import("flashinfer.fused_moe")
+    stored = draw_layer(SMALL[0], Bf16(), 0, CPU)
+    view = _peer_cutile.weight_view(fused_moe, stored)
+    assert torch.equal(view["w1"].transpose(1, 2), stored.state["w13_weight"])
+    assert torch.equal(view["w2"].transpose(1, 2), stored.state["w2_weight"])
+    packed = draw_layer(SMALL[0], MxFp4(), 0, CPU)
+    made = _peer_cutile.weight_view(fused_moe, packed)
+    for name, ours in (("w1", "w13_weight"), ("w2", "w2_weight")):
+        assert torch.equal(made[name], packed.state[ours])
 
 
 def test_cutile_without_a_gpu_is_absent_with_a_reason() -> None:

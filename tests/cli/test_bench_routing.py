@@ -34,18 +34,20 @@ SLOTTED = {"route", "route_bf16", "route_and_slots", "sort_slots"}
 
 def sorted_by_hand(ids: Tensor, request: SortRequest) -> SortedSlots:
     block, flat = request.block_size, ids.flatten().tolist()
+    by_expert: list[list[int]] = [[] for _ in range(request.num_local)]
+    for slot, expert in enumerate(flat):
+        by_expert[expert].append(slot)
     places: list[int] = []
     owners: list[int] = []
     offsets = [0]
-    for expert in range(request.num_local):
-        mine = [slot for slot, one in enumerate(flat) if one == expert]
+    for expert, mine in enumerate(by_expert):
         blocks = -(-len(mine) // block)
         places += mine + [len(flat)] * (blocks * block - len(mine))
         owners += [expert] * blocks
         offsets.append(len(places))
     return SortedSlots(
         slots=torch.tensor(places, dtype=torch.int32),
-        counts=torch.tensor([flat.count(expert) for expert in range(request.num_local)]),
+        counts=torch.tensor([len(mine) for mine in by_expert]),
         offsets=torch.tensor(offsets, dtype=torch.int32),
         block_experts=torch.tensor(owners, dtype=torch.int32),
         block_size=block,

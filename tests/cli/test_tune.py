@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol, final
@@ -22,23 +23,14 @@ from torch import Tensor
 
 from tests.cli.calls import Cli, items
 from tests.cli.clocks import ToldClocks
-from typed_moe.cli import _bench_weights, _tune
+from typed_moe.cli import _bench_weights, _tune, _tune_compile
 from typed_moe.cli._bench_clock import Launch
 from typed_moe.cli._bench_shapes import LayerShape, layer_shapes
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._progress import Steps
-from typed_moe.cli._tune import (
-    Grid,
-    Limits,
-    Point,
-    Tuner,
-    fits,
-    heights,
-    limits_of,
-    operand_of,
-    tables_of,
-)
+from typed_moe.cli._tune import Point, Tuner, operand_of, tables_of
 from typed_moe.cli._tune_command import tune
+from typed_moe.cli._tune_grid import Grid, Limits, fits, heights, limits_of
 from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxInt4
 from typed_moe.kernels import TritonKernel
 from typed_moe.kernels._expert_tiles import (
@@ -69,8 +61,9 @@ class _Holder(Protocol):
 
 def _distance(tile: GemmTile, best: GemmTile) -> float:
     """0 for the best tile, and more for every step away from it."""
-    steps = abs(tile.block_n.bit_length() - best.block_n.bit_length())
+    steps: float = abs(tile.block_n.bit_length() - best.block_n.bit_length())
     steps += abs(tile.block_k.bit_length() - best.block_k.bit_length())
+    steps += abs(tile.group_m - best.group_m) / 8
     return steps + (tile.warps != best.warps) + abs(tile.stages - best.stages) / 2 + tile.tma
 
 
@@ -118,7 +111,9 @@ class Card:
         raise AssertionError("not asked for")
 
     def point(self, quant: Format = Bf16(), tokens: int = 64) -> Point:  # noqa: B008 - frozen
-        tuner = Tuner(clocks=self, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True))
+        tuner = Tuner(
+            clocks=self, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True), jobs=1
+        )
         (point,) = tuner.points(SHAPE, quant, (tokens,), Steps())
         return point
 
@@ -129,6 +124,18 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 
 
 # --- the search -----------------------------------------------------------------------------------
+
+
+def test_half_the_rows_for_the_second_product_are_tried(card: Card) -> None:
+    measure = card.graph
+
+    def graph(calls: Sequence[Callable[[], object]], /) -> float:
+        return measure(calls) - 5 * (card.tile.second_rows == 16 and card.tile.block_m == 32)
+
+    card.graph = graph  # type: ignore[method-assign]
+    assert card.point().tile == ExpertTile(
+        block_m=32, second_block_m=16, first=BEST_FIRST, second=BEST_SECOND
+    )
 
 
 def test_it_finds_the_tile_that_is_best(card: Card) -> None:
@@ -187,7 +194,7 @@ def test_fp8_steps_are_the_values_that_share_a_scale(card: Card) -> None:
 
 def test_a_card_without_tma_has_no_such_tile(card: Card) -> None:
     tuner = Tuner(
-        clocks=card, card="NVIDIA A100", limits=Limits(shared_memory=163 << 10, tma=False)
+        clocks=card, card="NVIDIA A100", limits=Limits(shared_memory=163 << 10, tma=False), jobs=1
     )
     (point,) = tuner.points(SHAPE, Bf16(), (4096,), Steps())
     assert not point.tile.first.tma
@@ -196,7 +203,7 @@ def test_a_card_without_tma_has_no_such_tile(card: Card) -> None:
 
 
 def test_a_built_in_tile_that_does_not_run_is_a_sentence(card: Card) -> None:
-    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=1024, tma=True))
+    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=1024, tma=True), jobs=1)
     said = r"T = 8: the built-in tile .* does not run on this card"
     with pytest.raises(UserError, match=said):
         list(tuner.points(SHAPE, Bf16(), (8,), Steps()))
@@ -230,10 +237,44 @@ def test_every_built_in_tile_is_one_that_is_tried() -> None:
                 assert fits(tile.second, operand, rows), tile
 
 
+def test_what_can_fit_is_compiled_ahead_once(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is timed; nothing twice, and nothing that is beyond the card."""
+    ahead: list[ExpertTile] = []
+
+    @contextmanager
+    def recorded(
+        jobs: int, shape: LayerShape, quant: Format, device: torch.device
+    ) -> Iterator[Callable[[int, Sequence[ExpertTile]], None]]:
+        yield lambda tokens, tiles: ahead.extend(tiles)
+
+    monkeypatch.setattr(_tune, "compilers", recorded)
+    timed: list[ExpertTile] = []
+    measure = card.graph
+
+    def graph(calls: Sequence[Callable[[], object]], /) -> float:
+        timed.append(card.tile)
+        return measure(calls)
+
+    card.graph = graph  # type: ignore[method-assign]
+    point = card.point()
+    assert len(set(ahead)) == len(ahead)
+    # The first of them is the built-in one, which everything is compared with.
+    assert set(timed[1:]) <= set(ahead)
+    assert point.left_out > 0
+    assert all(tile.shared_memory("bf16", gated=True) <= 227 << 10 for tile in ahead)
+
+
 def test_a_format_without_tiles_is_refused() -> None:
     with pytest.raises(UserError, match="--format mxint4: the Triton expert kernels have no tiles"):
         operand_of(MxInt4())
-    assert operand_of(FORMATS["bf16"]) == "bf16"
+    assert {
+        name: operand_of(FORMATS[name]) for name in ("bf16", "fp8_block", "mxfp8", "mxfp4")
+    } == {
+        "bf16": "bf16",
+        "fp8_block": "fp8",
+        "mxfp8": "mxfp8",
+        "mxfp4": "fp4",
+    }
 
 
 # --- the tables -----------------------------------------------------------------------------------
@@ -272,7 +313,7 @@ def test_of_two_layers_with_as_many_rows_the_longer_one_counts() -> None:
 
 def test_the_file_is_what_the_kernels_read(card: Card, tmp_path: Path) -> None:
     out = tmp_path / "tiles.json"
-    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True))
+    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True), jobs=1)
     with (tmp_path / "said").open("w", encoding="utf-8") as said:
         console = Console(file=said, width=200)
         tune(tuner, (SHAPE,), (Bf16(), Fp8BlockScale()), (1, 64), out, Steps(), console)
@@ -307,7 +348,7 @@ def test_out_of_memory_is_a_sentence_and_what_was_found_stays(
         return draw(shape, quant, seed, device)
 
     monkeypatch.setattr(_tune, "draw_layer", full)
-    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True))
+    tuner = Tuner(clocks=card, card=CARD, limits=Limits(shared_memory=227 << 10, tma=True), jobs=1)
     console = Console(quiet=True)
     with pytest.raises(UserError, match=r"fp8_block does not fit .* 2.75 GiB.*found before is in"):
         tune(tuner, (SHAPE,), (Bf16(), Fp8BlockScale()), (1,), out, Steps(), console)
@@ -320,6 +361,7 @@ def test_out_of_memory_is_a_sentence_and_what_was_found_stays(
         (("--model", "qwen"), "--model is 'qwen'; allowed: qwen3-30b-a3b"),
         (("--format", "mxint4"), "--format mxint4: the Triton expert kernels have no tiles for it"),
         (("--tokens", "0"), "--tokens is 0; allowed: 1 to"),
+        (("--jobs", "0"), "--jobs is 0; allowed: 1 or more"),
         (("--out", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
     ],
 )
@@ -349,10 +391,13 @@ def test_without_a_gpu_it_says_so(cli: Cli) -> None:
 # --- with Triton's interpreter --------------------------------------------------------------------
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not on"
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton is not installed, or its interpreter is not on",
 )
+
+
+@interpreted
 @pytest.mark.parametrize("quant", [Bf16(), Fp8BlockScale()])
 def test_the_kernels_run_with_every_tile_that_is_tried(
     quant: Format, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -361,7 +406,11 @@ def test_the_kernels_run_with_every_tile_that_is_tried(
     monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 1e5)
     grid = Grid(block_n=(32, 64), block_k=(64, 128), warps=(4,), stages=(3,), tma=(False,))
     tuner = Tuner(
-        clocks=ToldClocks(), card="interpreter", limits=limits_of(torch.device("cpu")), grid=grid
+        clocks=ToldClocks(),
+        card="interpreter",
+        limits=limits_of(torch.device("cpu")),
+        grid=grid,
+        jobs=1,
     )
     shape = attrs.evolve(SHAPE, num_experts=4)
     out = tmp_path / "tiles.json"
@@ -371,3 +420,19 @@ def test_the_kernels_run_with_every_tile_that_is_tried(
     assert [(point["wrong"], point["left_out"]) for point in points] == [(0, 0)]
     assert all(isinstance(point["tried"], int) and point["tried"] > 3 for point in points)
     assert read_tile_file(out).card == "interpreter"
+
+
+@interpreted
+def test_tiles_are_called_in_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a layer of its own; a tile that cannot be is left to the search to say."""
+    shape = attrs.evolve(SHAPE, num_experts=4)
+    good = ANY_CARD["bf16"][0][1]
+    bad = attrs.evolve(good, first=attrs.evolve(good.first, block_k=48))
+    cpu = torch.device("cpu")
+    with _tune_compile.compilers(2, shape, Bf16(), cpu) as compiled:
+        compiled(2, [good, bad])
+
+    monkeypatch.setattr(_tune_compile, "_started", [])
+    _tune_compile._start(shape, Bf16(), "cpu")
+    assert _tune_compile._run(2, good) == ""
+    assert _tune_compile._run(2, bad) != ""

@@ -223,17 +223,24 @@ class _Decoding(Protocol):
 
 @pytest.mark.parametrize("weights", ["mxfp8", "mxfp4", "nvfp4"])
 def test_every_byte_times_every_scale(weights: str) -> None:
-    """Exactly the format's values, or their nearest bfloat16 where it ends; NaN where one says so."""
+    """Exactly the format's values over 2^32, or their nearest bfloat16 where it ends.
+
+    A scale beyond 2^33 (2^39 for MXFP8) leaves nothing finite, and neither does one that is NaN.
+    """
     decoding = cast("_Decoding", importlib.import_module("tests.gpu.decoding"))
     byte = torch.arange(256, dtype=torch.uint8)
     low, high = decoding.decoded(weights, byte)
     scale = e4m3(byte) if weights == "nvfp4" else grids.e8m0(byte)
+    most = {"mxfp8": 166, "mxfp4": 160, "nvfp4": 255}[weights]
+    assert not low[most + 1 :].isfinite().any()
+    low, scale = low[: most + 1], scale[: most + 1, None] * 2.0**-32
     if weights == "mxfp8":
-        assert same(low, e4m3(byte) * scale[:, None])
+        assert same(low, e4m3(byte) * scale)
         return
     values = grids.e2m1(byte[None, :]).view(256, 2)
-    assert same(low, values[:, 0] * scale[:, None])
-    assert same(high, values[:, 1] * scale[:, None])
+    assert same(low, values[:, 0] * scale)
+    assert not high[most + 1 :].isfinite().any()
+    assert same(high[: most + 1], values[:, 1] * scale)
 
 
 def e4m3(byte: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typed_moe.cli._bench_shapes import LayerShape
 from typed_moe.cli._verify_expected import as_read
 from typed_moe.cli._weights import Each
 from typed_moe.config import Format, Fp8PerTensor, Nvfp4, is_gated
+from typed_moe.kernels import MoeKernel
+from typed_moe.layer import FusedMoE
 from typed_moe.quantization import (
     Quantized,
     calibration_scale,
@@ -130,6 +132,31 @@ def _stacked(prefix: str, parts: list[Quantized], quant: Format) -> dict[str, Te
         amax = state[f"{prefix}_weight"].new_full((), largest, dtype=torch.float32)
         state[f"{prefix}_input_scale"] = calibration_scale(amax, quant)
     return state
+
+
+def make_layer(stored: StoredLayer, kernel: MoeKernel | None = None) -> FusedMoE:
+    """A layer with a copy of these weights: a kernel may rearrange them.
+
+    Raises:
+        ValueError: no kernel, or not this one, serves it.
+    """
+    shape = stored.shape
+    layer = FusedMoE(
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        routing=shape.routing,
+        quant=stored.quant,
+        activation=shape.activation,
+        has_bias=shape.has_bias,
+        kernel=kernel,
+        device=stored.state["w13_weight"].device,
+        dtype=torch.bfloat16,
+    )
+    layer.load_state_dict(stored.state)
+    layer.prepare_weights()
+    return layer
 
 
 @final

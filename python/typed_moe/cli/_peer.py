@@ -7,12 +7,10 @@ from types import MappingProxyType
 from typing import Protocol, final
 
 import attrs
-import torch
 from torch import Tensor
 
-from typed_moe.cli._bench_weights import StoredLayer
+from typed_moe.cli._bench_weights import StoredLayer, make_layer
 from typed_moe.cli._errors import UserError
-from typed_moe.layer import FusedMoE
 from typed_moe.routing import Refused
 
 
@@ -66,31 +64,13 @@ class Ours:
     def build(self, stored: Sequence[StoredLayer], /) -> Built | Refused:
         """With the weights copied in: a kernel may rearrange them."""
         try:
-            layers = tuple(self._layer(one) for one in stored)
+            layers = tuple(make_layer(one) for one in stored)
         except ValueError as error:
             return Refused(" ".join(str(error).split()))
         plan = layers[0].plan
         return Built(
             layers=layers, about=f"FusedMoE, kernel {plan.kernel}, {plan.form.value} routing"
         )
-
-    def _layer(self, stored: StoredLayer) -> FusedMoE:
-        shape = stored.shape
-        layer = FusedMoE(
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            routing=shape.routing,
-            quant=stored.quant,
-            activation=shape.activation,
-            has_bias=shape.has_bias,
-            device=stored.state["w13_weight"].device,
-            dtype=torch.bfloat16,
-        )
-        layer.load_state_dict(stored.state)
-        layer.prepare_weights()
-        return layer
 
 
 def _torch() -> Side:

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import final
 
 import attrs
-import torch
 from torch import Tensor
 
 from typed_moe.cli._bench_clock import Clocks, poisoned
@@ -25,16 +24,18 @@ from typed_moe.cli._bench_weights import (
     StoredLayer,
     draw_inputs,
     draw_layer,
+    make_layer,
     num_layers,
 )
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._progress import Steps
+from typed_moe.cli._tune_compile import AnyTile, Compilers, compilers, jobs_for
+from typed_moe.cli._tune_grid import ROUNDS, Grid, Limits, fits, heights, of_height
 from typed_moe.config import Format, FormatName, is_gated
-from typed_moe.kernels import ExpertWeights, KernelRequest, MoeArgs, TritonKernel
-from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile, Operand, Table, table_of, tile_of
+from typed_moe.kernels import TritonKernel
+from typed_moe.kernels._expert_tiles import ANY_CARD, ExpertTile, Operand, Table, table_of, tile_of
 from typed_moe.layer import FusedMoE
-from typed_moe.quantization import Quantized, stored_error_bound
-from typed_moe.routing import KernelRules, Refused
+from typed_moe.quantization import stored_error_bound
 
 _OPERANDS: Mapping[FormatName, str] = MappingProxyType(
     {
@@ -49,82 +50,8 @@ _OPERANDS: Mapping[FormatName, str] = MappingProxyType(
     }
 )
 """Whose table a format's tiles are in."""
-_HEIGHTS = (16, 32, 64, 128)
-_VALUES_PER_WARP = (4 * 32, 64 * 128)
-"""Of a result tile: with fewer lanes idle, with more they do not fit the registers."""
-_GROUPED = 8
-_GAVE_UP = "PassManager::run failed"  # what Triton's compiler says, in a RuntimeError
-_LEAST_SHARED_MEMORY = 99 << 10  # bytes: what every card from compute capability 8.0 on has
 _LAST = 2.0**31
-
-
-@final
-@attrs.frozen(kw_only=True)
-class Grid:
-    """The values that are tried for one product."""
-
-    block_n: tuple[int, ...] = (32, 64, 128, 256)
-    block_k: tuple[int, ...] = (64, 128)
-    warps: tuple[int, ...] = (4, 8)
-    stages: tuple[int, ...] = (3, 4, 5)
-    tma: tuple[bool, ...] = (False, True)
-
-    def round(self, number: int, start: GemmTile) -> list[GemmTile]:
-        """What is tried from a tile on: width and warps, then depth, then how it is copied.
-
-        Three rounds of a few tiles, each from the best of the one before: all of them together would be a
-        hundred to compile for each product and height.
-        """
-        match number:
-            case 0:
-                return [
-                    attrs.evolve(start, block_n=n, warps=warps)
-                    for n, warps in itertools.product(self.block_n, self.warps)
-                ]
-            case 1:
-                return [
-                    attrs.evolve(start, block_k=k, stages=stages)
-                    for k, stages in itertools.product(self.block_k, self.stages)
-                ]
-            case _:
-                return [attrs.evolve(start, tma=tma) for tma in self.tma]
-
-
-_ROUNDS = 3
-
-
-def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
-    """Whether a block of this height can have a tile in this operand at all."""
-    least, most = _VALUES_PER_WARP
-    if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
-        return False  # a step of a product is the 128 values that share a scale
-    if tile.tma and height < 64:
-        return False
-    return least <= height * tile.block_n // tile.warps <= most
-
-
-@final
-@attrs.frozen(kw_only=True)
-class Limits:
-    """What the card gives a program.
-
-    Attributes:
-        shared_memory: bytes.
-        tma: whether it has a tensor memory accelerator.
-    """
-
-    shared_memory: int
-    tma: bool
-
-
-def limits_of(device: torch.device) -> Limits:
-    """The card's; what Triton's interpreter takes on a CPU, which is anything."""
-    if device.type != "cuda":
-        return Limits(shared_memory=1 << 30, tma=False)
-    properties = torch.cuda.get_device_properties(device)
-    # PyTorch's stub does not have it.
-    shared = int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED_MEMORY))
-    return Limits(shared_memory=shared, tma=properties.major >= 9)
+_GAVE_UP = "PassManager::run failed"  # what Triton's compiler says, in a RuntimeError
 
 
 @final
@@ -157,42 +84,23 @@ class Point:
 
 
 @final
-class _AnyTile:
-    """`TritonKernel` with a tile that is changed between calls."""
-
-    def __init__(self) -> None:
-        self.kernel = TritonKernel()
-
-    @property
-    def name(self) -> str:
-        """For plans."""
-        return self.kernel.name
-
-    def rules(self, request: KernelRequest) -> KernelRules | Refused:
-        """As the kernel's."""
-        return self.kernel.rules(request)
-
-    def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
-        """As the kernel's."""
-        return self.kernel.prepare(weights, request)
-
-    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
-        """As the kernel's."""
-        return self.kernel.quantize(hidden_states, quant)
-
-    def __call__(self, args: MoeArgs, /) -> Tensor:
-        return self.kernel(args)
-
-
-@final
 @attrs.frozen(kw_only=True)
 class Tuner:
-    """What is tried, and with what it is timed."""
+    """What is tried, and with what it is timed.
+
+    Attributes:
+        clocks: of the device.
+        card: its name.
+        limits: of a program on it.
+        grid: the values that are tried.
+        jobs: processes that compile; None: as many as there is room for.
+    """
 
     clocks: Clocks
     card: str
     limits: Limits
-    grid: Grid = Grid()
+    grid: Grid = attrs.field(factory=Grid)
+    jobs: int | None = None
 
     def points(
         self, shape: LayerShape, quant: Format, tokens: Sequence[int], steps: Steps
@@ -209,12 +117,18 @@ class Tuner:
             draw_layer(shape, quant, seed, self.clocks.device)
             for seed in range(1, num_layers(first))
         ]
-        kernel = _AnyTile()
+        kernel = AnyTile()
         layers = [_layer(one, kernel) for one in stored]
-        with steps.step(f"tune {shape.name}, {quant.name}", total=len(tokens)) as step:
+        jobs = self.jobs or jobs_for(first)
+        del stored
+        with (
+            compilers(jobs, shape, quant, self.clocks.device) as compiled,
+            steps.step(f"tune {shape.name}, {quant.name}", total=len(tokens)) as step,
+        ):
             for count in tokens:
                 inputs = draw_inputs(shape, count, self.clocks.device)
-                yield _Search(self, kernel, layers, inputs, operand).point(shape, quant)
+                search = _Search(self, kernel, layers, inputs, operand, compiled)
+                yield search.point(shape, quant)
                 step.advance()
 
 
@@ -225,42 +139,18 @@ def operand_of(quant: Format) -> Operand:
         UserError: none: the Triton kernels do not multiply it.
     """
     wanted = _OPERANDS.get(quant.name)
-    for operand in _known():
+    for operand in ANY_CARD:
         if operand == wanted:
             return operand
     raise UserError(f"--format {quant.name}: the Triton expert kernels have no tiles for it")
 
 
-def _known() -> tuple[Operand, ...]:
-    """The operands of the built-in tables."""
-    from typed_moe.kernels._expert_tiles import ANY_CARD  # noqa: PLC0415 - data
-
-    return tuple(ANY_CARD)
-
-
-def _layer(stored: StoredLayer, kernel: _AnyTile) -> FusedMoE:
-    shape = stored.shape
+def _layer(stored: StoredLayer, kernel: AnyTile) -> FusedMoE:
     try:
-        layer = FusedMoE(
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            routing=shape.routing,
-            quant=stored.quant,
-            activation=shape.activation,
-            has_bias=shape.has_bias,
-            kernel=kernel,
-            device=stored.state["w13_weight"].device,
-            dtype=torch.bfloat16,
-        )
+        return make_layer(stored, kernel)
     except ValueError as error:
-        raise UserError(
-            f"{shape.name}, {stored.quant.name}: {' '.join(str(error).split())}"
-        ) from error
-    layer.load_state_dict(stored.state)
-    layer.prepare_weights()
-    return layer
+        said = " ".join(str(error).split())
+        raise UserError(f"{stored.shape.name}, {stored.quant.name}: {said}") from error
 
 
 @final
@@ -270,11 +160,13 @@ class _Search:
     def __init__(
         self,
         tuner: Tuner,
-        kernel: _AnyTile,
+        kernel: AnyTile,
         layers: Sequence[FusedMoE],
         inputs: LayerInputs,
         operand: Operand,
+        compiled: Compilers,
     ) -> None:
+        self._compiled = compiled
         self._tuner, self._kernel, self._layers = tuner, kernel, layers
         self._inputs, self._operand = inputs, operand
         self._tried, self._left_out, self._wrong = 0, 0, 0
@@ -318,10 +210,11 @@ class _Search:
         assert before is not None, "looked at before"
         yield built_in, before
         for height in heights(rows):
-            start = _of_height(built_in, height)
+            start = of_height(built_in, height)
             for product in (0, 1):
-                for number in range(_ROUNDS):
+                for number in range(ROUNDS):
                     tiles = [start, *self._changed(start, product, number)]
+                    self._ahead(tiles)
                     timed = [(tile, self._time(tile)) for tile in tiles]
                     fitting = [(tile, us) for tile, us in timed if us is not None]
                     if fitting:
@@ -330,13 +223,33 @@ class _Search:
 
     def _changed(self, start: ExpertTile, product: int, number: int) -> Iterator[ExpertTile]:
         """The start with other tiles for one of its products: 0 the first, 1 the second."""
-        gemm = start.second if product else start.first
-        for tile in self._tuner.grid.round(number, gemm):
-            if fits(tile, self._operand, start.block_m):
+        gemm, rows = (
+            (start.first, start.block_m) if product == 0 else (start.second, start.second_rows)
+        )
+        for tile in self._tuner.grid.round(number, gemm, rows):
+            if fits(tile, self._operand, rows):
                 if product:
                     yield attrs.evolve(start, second=tile)
                 else:
                     yield attrs.evolve(start, first=tile)
+        # Last, half the rows for the second product.
+        half = start.block_m // 2
+        if product and number == ROUNDS - 1 and half >= 16 and fits(gemm, self._operand, half):
+            yield attrs.evolve(start, second_block_m=half)
+
+    def _ahead(self, tiles: Sequence[ExpertTile]) -> None:
+        """Have those compiled that are new and can fit."""
+        new = dict.fromkeys(
+            tile for tile in tiles if tile not in self._times and self._can_fit(tile)
+        )
+        self._compiled(self._inputs.hidden_states.shape[0], tuple(new))
+
+    def _can_fit(self, tile: ExpertTile) -> bool:
+        limits = self._tuner.limits
+        needed = tile.shared_memory(self._operand, gated=self._gated)
+        return needed <= limits.shared_memory and (
+            limits.tma or not (tile.first.tma or tile.second.tma)
+        )
 
     def _time(self, tile: ExpertTile) -> float | None:
         """Microseconds of a whole layer; None where the tile does not fit or is wrong."""
@@ -345,9 +258,7 @@ class _Search:
         return self._times[tile]
 
     def _measured(self, tile: ExpertTile) -> float | None:
-        limits = self._tuner.limits
-        too_much = tile.shared_memory(self._operand, gated=self._gated) > limits.shared_memory
-        if too_much or (not limits.tma and (tile.first.tma or tile.second.tma)):
+        if not self._can_fit(tile):
             self._left_out += 1
             return None
         try:
@@ -377,27 +288,6 @@ class _Search:
     def _calls(self) -> list[Callable[[], Tensor]]:
         given = self._inputs.hidden_states, self._inputs.router_logits
         return [partial(layer, *given) for layer in self._layers]
-
-
-def _of_height(tile: ExpertTile, height: int) -> ExpertTile:
-    """The same products on blocks of another height; copied by descriptor in high ones alone."""
-    if tile.block_m == height:
-        return tile
-    group = _GROUPED if height >= 64 else 1
-    first, second = (
-        attrs.evolve(gemm, group_m=group, tma=gemm.tma and height >= 64)
-        for gemm in (tile.first, tile.second)
-    )
-    return ExpertTile(block_m=height, first=first, second=second)
-
-
-def heights(rows: float) -> tuple[int, ...]:
-    """Blocks that experts with so many rows on average can want: not far above, nor far below."""
-    return tuple(
-        height
-        for height in _HEIGHTS
-        if height <= max(_HEIGHTS[0], 4 * rows) and (rows <= 64 or height >= 64)
-    )
 
 
 def _misfits() -> tuple[type[Exception], ...]:

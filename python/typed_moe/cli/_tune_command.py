@@ -19,7 +19,8 @@ from typed_moe.cli._errors import UserError
 from typed_moe.cli._machine import machine_json, machine_rows, version_of
 from typed_moe.cli._output import print_facts, print_heading, print_title
 from typed_moe.cli._progress import Steps
-from typed_moe.cli._tune import Point, Tuner, limits_of, operand_of, tables_of
+from typed_moe.cli._tune import Point, Tuner, operand_of, tables_of
+from typed_moe.cli._tune_grid import limits_of
 from typed_moe.config import Bf16, Format, Fp8BlockScale
 from typed_moe.kernels import fused_routing_refusal
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
@@ -37,6 +38,7 @@ class TuneOptions:
     models: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
+    jobs: int | None = None
 
 
 def run_tune(options: TuneOptions, steps: Steps, console: Console) -> None:
@@ -51,6 +53,8 @@ def run_tune(options: TuneOptions, steps: Steps, console: Console) -> None:
         operand_of(quant)
     tokens = read_tokens(options.tokens) or ALL_TOKENS
     check_writable(options.out)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}; allowed: 1 or more")
     if tile_file() is not None:
         raise UserError(f"unset {TILES_VARIABLE}: tiles are measured beside the built-in ones")
     clocks = cuda_clocks("tune")
@@ -61,6 +65,7 @@ def run_tune(options: TuneOptions, steps: Steps, console: Console) -> None:
         clocks=clocks,
         card=torch.cuda.get_device_name(clocks.device),
         limits=limits_of(clocks.device),
+        jobs=options.jobs,
     )
     tune(tuner, shapes, formats, tokens, options.out, steps, console)
 

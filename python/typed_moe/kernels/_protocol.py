@@ -99,11 +99,14 @@ class UnfinalizedKernel(Protocol):
 class QuantizingKernel(Protocol):
     """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch."""
 
-    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
+    def quantize(
+        self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
+    ) -> Quantized:
         """What `typed_moe.quantization.quantize_activation` gives, bit for bit.
 
         Args:
             hidden_states: (T, H) floating point.
-            quant: a format without static scales.
+            quant: the format of the layer.
+            input_scale: float32, one value: the static scale of a format that has one.
         """
         ...

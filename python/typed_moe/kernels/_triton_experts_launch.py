@@ -23,8 +23,8 @@ from typed_moe.kernels._triton_experts import (
     quantize_kernel,
     second_kernel,
 )
+from typed_moe.kernels._triton_inputs_launch import widen
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
-from typed_moe.kernels._triton_widen import widen_kernel
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
@@ -36,33 +36,6 @@ def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
         if operands.group:
             operands = attrs.evolve(operands, hidden=widen(operands), hidden_scale=None)
         return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
-
-
-def widen(operands: Operands) -> Tensor:
-    """(T, H) bfloat16: a record's activations times their scales; even columns first for FP4 weights."""
-    x, scale = operands.hidden, operands.hidden_scale
-    tokens, width = x.shape[0], operands.second.shape[1]
-    form = "bf16" if scale is None else "mxfp8" if scale.dtype is torch.uint8 else "nvfp4"
-    if form == "bf16" and operands.pack == 1:
-        return x
-    out = torch.empty((tokens, width), dtype=torch.bfloat16, device=x.device)
-    if tokens == 0:
-        return out
-    block = 512
-    widen_kernel[(tokens, triton.cdiv(width, block * operands.pack))](
-        x if scale is None else x.view(torch.uint8),
-        x if scale is None else scale.view(torch.uint8),
-        out,
-        x.stride(0),
-        0 if scale is None else scale.stride(0),
-        H=width,
-        FORMAT=form,
-        PACK=operands.pack,
-        BLOCK=block,
-        num_warps=4,
-        **follows(x.device),
-    )
-    return out
 
 
 def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:

@@ -1,10 +1,9 @@
 """Triton: weights that have a scale for every few values of the sum, in bfloat16 by way of registers.
 
-MXFP8 and MXFP4 have a power of two for 32 values, NVFP4 a float8_e4m3fn for 16. A value times its
-scale has at most six significant bits, so that it is exact in bfloat16, whose eight bits of exponent
-are those of E8M0: the product then runs on the card's bfloat16 units. `tl.dot_scaled` would do as much
-for E8M0 below compute capability 10.0, but takes a tile of x for every product that spends a second
-copy of the weights in shared memory, and knows no E4M3 scales there.
+MXFP8 and MXFP4 have a power of two for 32 values, NVFP4 a float8_e4m3fn for 16. A value times its scale
+has at most six significant bits, so that it is exact in bfloat16, and the product runs on the card's
+bfloat16 units. `tl.dot_scaled` does as much for E8M0 below compute capability 10.0, but in 3.6 not for
+E4M3, and the interpreter has none.
 
 Two FP4 values share a byte. Taking a tile of bytes apart along the sum would move it between threads.
 It is cheaper to multiply twice: the low nibbles, which are the even values, with x's even columns, and
@@ -21,47 +20,54 @@ import triton.language as tl
 
 _FROM_E4M3 = tl.constexpr(2.0**120)
 """From an exponent that counts from 127 to E4M3's, which counts from 7."""
+_TO_FIELDS = tl.constexpr(2.0**-120)
 _FROM_E2M1 = tl.constexpr(2.0**126)
 """The same for E2M1's, which counts from 1."""
+
+_SUNK = tl.constexpr(2.0**32)
+"""By how much weights are kept smaller than they are, so that their scale and the difference of the
+exponents' beginnings are one factor in bfloat16; the sums are multiplied by it in float32."""
+_E2M1_LIFT = tl.constexpr(2.0**94)
+_E2M1_EXPONENT = tl.constexpr(94)
+_E2M1_LARGEST = tl.constexpr(255 - 94)
+_E4M3_EXPONENT = tl.constexpr(88)
+_E4M3_LARGEST = tl.constexpr(255 - 88)
+"""126 and 120, less 32: what a group's factor has beyond its scale, and what is infinity with it."""
 
 _FP4_PAIRS = tl.constexpr(
     """
     {
-        .reg .b32 t, m, s;
-        prmt.b32 t, $4, 0, 0x4140;
-        shl.b32 m, t, 6;
-        shl.b32 s, t, 12;
-        and.b32 m, m, 0x01C001C0;
-        and.b32 s, s, 0x80008000;
-        or.b32 $0, m, s;
-        shl.b32 m, t, 2;
-        shl.b32 s, t, 8;
-        and.b32 m, m, 0x01C001C0;
-        and.b32 s, s, 0x80008000;
-        or.b32 $2, m, s;
-        prmt.b32 t, $4, 0, 0x4342;
-        shl.b32 m, t, 6;
-        shl.b32 s, t, 12;
-        and.b32 m, m, 0x01C001C0;
-        and.b32 s, s, 0x80008000;
-        or.b32 $1, m, s;
-        shl.b32 m, t, 2;
-        shl.b32 s, t, 8;
-        and.b32 m, m, 0x01C001C0;
-        and.b32 s, s, 0x80008000;
-        or.b32 $3, m, s;
+        .reg .b32 t, m, w;
+        mov.b32 w, $4;
+        prmt.b32 t, w, 0, 0x1404;
+        and.b32 m, t, 0x70007000;
+        shr.b32 m, m, 6;
+        lop3.b32 $2, t, 0x80008000, m, 0xEA;
+        shl.b32 t, t, 4;
+        and.b32 m, t, 0x70007000;
+        shr.b32 m, m, 6;
+        lop3.b32 $0, t, 0x80008000, m, 0xEA;
+        prmt.b32 t, w, 0, 0x3424;
+        and.b32 m, t, 0x70007000;
+        shr.b32 m, m, 6;
+        lop3.b32 $3, t, 0x80008000, m, 0xEA;
+        shl.b32 t, t, 4;
+        and.b32 m, t, 0x70007000;
+        shr.b32 m, m, 6;
+        lop3.b32 $1, t, 0x80008000, m, 0xEA;
     }
     """
 )
 """Four bytes to the fields of four bfloat16 of their low nibbles ($0, $1) and of their high ones ($2,
-$3): two bytes are spread over a register's halves, then sign and magnitude of each are put in place."""
-
+$3): two bytes are put into the upper bytes of a register's halves, where a nibble's sign is a bfloat16's
+and its magnitude has to be moved down by six (lop3 0xEA: a & b | c)."""
 
 _FP8_PAIRS = tl.constexpr(
     """
     {
-        .reg .b32 t, m, n;
-        prmt.b32 t, $2, 0, 0x1404;
+        .reg .b32 t, m, n, w;
+        mov.b32 w, $2;
+        prmt.b32 t, w, 0, 0x1404;
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
@@ -71,7 +77,7 @@ _FP8_PAIRS = tl.constexpr(
         shl.b32 t, n, 4;
         sub.u32 t, t, n;
         or.b32 $0, m, t;
-        prmt.b32 t, $2, 0, 0x3424;
+        prmt.b32 t, w, 0, 0x3424;
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
@@ -102,14 +108,6 @@ def e4m3(byte: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def e2m1(code: tl.tensor) -> tl.tensor:
-    """What the low four bits of a code are worth, in float32, likewise."""
-    bits = code.to(tl.int32)
-    moved = (bits & 8) << 28 | (bits & 7) << 22
-    return moved.to(tl.float32, bitcast=True) * _FROM_E2M1
-
-
-@triton.jit
 def e8m0(byte: tl.tensor) -> tl.tensor:
     """2^(byte - 127) in float32: a bare exponent, but for 0, which is subnormal there, and 255, NaN."""
     bits = byte.to(tl.int32)
@@ -118,43 +116,64 @@ def e8m0(byte: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def group_scales(byte: tl.tensor, WEIGHTS: tl.constexpr) -> tl.tensor:
-    """The scales of groups in float32."""
+def fields_e2m1(code: tl.tensor) -> tl.tensor:
+    """`e2m1` over 2^126."""
+    bits = code.to(tl.int32)
+    return ((bits & 8) << 28 | (bits & 7) << 22).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e2m1(code: tl.tensor) -> tl.tensor:
+    """What the low four bits of a code are worth, in float32, likewise."""
+    return fields_e2m1(code) * _FROM_E2M1
+
+
+@triton.jit
+def factors(byte: tl.tensor, WEIGHTS: tl.constexpr, DEVICE: tl.constexpr) -> tl.tensor:
+    """By what a group's fields are multiplied to be values over 2^32: bfloat16, exactly.
+
+    An E8M0 scale of more than 2^33 (2^39 for MXFP8), NaN among them, is infinity.
+    """
     if WEIGHTS == "nvfp4":
-        return e4m3(byte)
+        factor = e4m3(byte) * _E2M1_LIFT
+    elif WEIGHTS == "mxfp4":
+        exponent = tl.minimum(byte.to(tl.int32), _E2M1_LARGEST) + _E2M1_EXPONENT
+        factor = (exponent << 23).to(tl.float32, bitcast=True)
     else:
-        return e8m0(byte)
+        exponent = tl.minimum(byte.to(tl.int32), _E4M3_LARGEST) + _E4M3_EXPONENT
+        factor = (exponent << 23).to(tl.float32, bitcast=True)
+    if DEVICE:
+        return factor.to(tl.bfloat16)
+    else:
+        return factor
 
 
 @triton.jit
 def fp4_pairs(
-    packed: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr
+    packed: tl.tensor, factor: tl.tensor, DEVICE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The low and the high nibbles of a tile of bytes times their scales, in bfloat16."""
+    """The low and the high nibbles of a tile of bytes times their factors, in bfloat16."""
     if DEVICE:
         # Two values to a register: at decode the instructions are as near their limit as memory is.
         low, high = tl.inline_asm_elementwise(
             _FP4_PAIRS, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
-        count_from_1 = tl.full([], _FROM_E2M1, tl.bfloat16)
-        factor = scale.to(tl.bfloat16)
-        return low * count_from_1 * factor, high * count_from_1 * factor
+        return low * factor, high * factor
     else:
-        low = (e2m1(packed) * scale).to(tl.bfloat16)
-        return low, (e2m1(packed >> 4) * scale).to(tl.bfloat16)
+        low = (fields_e2m1(packed) * factor).to(tl.bfloat16)
+        return low, (fields_e2m1(packed >> 4) * factor).to(tl.bfloat16)
 
 
 @triton.jit
-def fp8_values(data: tl.tensor, scale: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
-    """A tile of E4M3 bytes times their scales, in bfloat16."""
+def fp8_values(data: tl.tensor, factor: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """A tile of E4M3 bytes times their factors, in bfloat16."""
     if DEVICE:
-        value = tl.inline_asm_elementwise(
+        fields = tl.inline_asm_elementwise(
             _FP8_PAIRS, "=r,=r,r", [data], tl.bfloat16, is_pure=True, pack=4
         )
-        count_from_7 = tl.full([], _FROM_E4M3, tl.bfloat16)
-        return value * count_from_7 * scale.to(tl.bfloat16)
+        return fields * factor
     else:
-        return (e4m3(data) * scale).to(tl.bfloat16)
+        return (e4m3(data) * _TO_FIELDS * factor).to(tl.bfloat16)
 
 
 @triton.jit
@@ -243,7 +262,7 @@ def grouped_step(
     x comes in halves as `load_halves` gives it; byte: (BLOCK_K / GROUP, BLOCK_N), the scales.
     """
     data = load_bytes(weight_at, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
-    scale = group_scales(byte, WEIGHTS)
+    scale = factors(byte, WEIGHTS, DEVICE)
     scale = tl.broadcast_to(scale[:, None, :], [BLOCK_K // GROUP, GROUP // PACK, BLOCK_N])
     scale = tl.reshape(scale, [BLOCK_K // PACK, BLOCK_N])
     if PACK == 2:
@@ -341,7 +360,7 @@ def grouped_sums(
             )
         up_scale = next_up
         gate_scale = next_gate
-    return gate, up
+    return gate * _SUNK, up * _SUNK
 
 
 @triton.jit

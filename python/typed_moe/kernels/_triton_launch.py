@@ -25,7 +25,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LANES = 32
 _COUNTS_PER_WARP = 1024
 """Bytes of chunk counts that a warp of the second launch loads before it adds them up: 32 a lane."""
-_SCANNED_EXPERTS, _SCANNED_CHUNKS = 16, 512
+_SCANNED_EXPERTS, _SCANNED_CHUNKS = 4, 1024
 """What a program of the launch between adds up at a time."""
 _WHOLE_SLOTS = 128
 """Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
@@ -54,7 +54,7 @@ class Tile:
     whole: int = 4
     whole_warps: int = 4
     overlap: bool = True
-    scan: int = 32768
+    scan: int = 2048
     place_warps: int = 4
     place_programs: int = 128
 
@@ -80,10 +80,10 @@ def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
         # A program costs there what its operations are in number, and nothing for their width.
         return Tile(rows=8, warps=8)
     if settings.places >= 1024:
-        return Tile(rows=1, warps=4) if num_tokens <= 512 else Tile(rows=4, warps=16)
-    rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 16
-    rows = min(rows, 8) if settings.top_k > 16 else rows
-    return Tile(rows=rows, warps=rows)
+        return Tile(rows=1, warps=4) if num_tokens <= 512 else Tile(rows=4, warps=16, place_warps=8)
+    rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 8
+    whole = 8 if settings.places <= 128 else 4
+    return Tile(rows=rows, warps=rows, whole=whole, place_warps=8 if settings.places > 256 else 4)
 
 
 def route(

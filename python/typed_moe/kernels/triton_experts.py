@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from typed_moe.config import Format, Fp8BlockScale, MxFp4, MxFp8, Nvfp4, Unquantized
+from typed_moe.config import Format, Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, Nvfp4, Unquantized
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._expert_operands import Operands, Outputs, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of, tile_of
@@ -143,13 +143,15 @@ class TritonKernel:
             expanded_idx_to_permuted_idx=torch.where(is_local, number.view(slots.ids.shape), -1),
         )
 
-    def quantize(self, hidden_states: Tensor, quant: Format) -> Quantized:
-        """`quantize_activation` in one launch for `Fp8BlockScale`; itself for everything else."""
-        fits = hidden_states.dim() == 2 and hidden_states.shape[1] % _MULTIPLE_FP8_BLOCK == 0
-        if not isinstance(quant, Fp8BlockScale) or not fits or self._fp8(hidden_states) != "native":
-            return quantize_activation(hidden_states, quant)
-        data, scale = _launch().quantize(_rows(hidden_states))
-        return Quantized(data=data, scale=scale)
+    def quantize(
+        self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
+    ) -> Quantized:
+        """`quantize_activation` in one launch, on cards that convert to float8_e4m3fn; itself on others."""
+        x, multiple = hidden_states, _MULTIPLES.get(quant.name, 0)
+        fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
+        if not fits or not _has_fp8(x.device):
+            return quantize_activation(x, quant, input_scale=input_scale)
+        return _quantized(_rows(x), quant, input_scale)
 
     def _fp8(self, hidden_states: Tensor) -> Literal["native", "bits"]:
         return self.fp8 or ("native" if _has_fp8(hidden_states.device) else "bits")
@@ -293,6 +295,26 @@ def _operand(operands: Operands) -> Operand:
     return "bf16" if operands.fp8 == "none" else "fp8"
 
 
+def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantized:
+    """In one launch where the format asks for one at all."""
+    whole = None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
+    match quant:
+        case Fp8BlockScale():
+            data, scale = _launch().quantize(x)
+            return Quantized(data=data, scale=scale)
+        case MxFp8() | MxFp4(activation="mxfp8"):
+            data, scale = _inputs_launch().quantize_mxfp8(x)
+            return Quantized(data=data, scale=scale)
+        case Fp8PerTensor() if whole is not None:
+            data = _inputs_launch().quantize_tensor(x, whole)
+            return Quantized(data=data, scale=whole.reshape(()))
+        case Nvfp4() if whole is not None:
+            data, scale = _inputs_launch().quantize_nvfp4(x, whole)
+            return Quantized(data=data, scale=scale, global_scale=whole.reshape(()))
+        case _:
+            return quantize_activation(x, quant, input_scale=input_scale)
+
+
 def _rows(x: Tensor) -> Tensor:
     """Rows of adjacent values, whatever lies between two rows."""
     return x if x.stride(1) == 1 else x.contiguous()
@@ -393,6 +415,22 @@ def _launch() -> _Launch:
     from typed_moe.kernels import _triton_experts_launch  # noqa: PLC0415 - heavy
 
     return _triton_experts_launch
+
+
+class _InputsLaunch(Protocol):
+    """`typed_moe.kernels._triton_inputs_launch`, which is imported late."""
+
+    def quantize_tensor(self, x: Tensor, scale: Tensor) -> Tensor: ...
+
+    def quantize_mxfp8(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def quantize_nvfp4(self, x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def _inputs_launch() -> _InputsLaunch:
+    from typed_moe.kernels import _triton_inputs_launch  # noqa: PLC0415 - heavy
+
+    return _triton_inputs_launch
 
 
 class _RoutingLaunch(Protocol):

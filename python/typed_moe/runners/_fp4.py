@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp4MoeArgs
-from typed_moe.quantization import quantize_activation
 from typed_moe.routing import Routed
 from typed_moe.runners._base import (
     CallBuffers,
@@ -22,6 +21,7 @@ from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._output_scales import OutputScales, output_scales
 from typed_moe.runners._planning import Decision
+from typed_moe.runners._quantizing import ActivationQuantizer
 
 
 @final
@@ -30,7 +30,6 @@ class Fp4Runner(KernelRunner):
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
-        self._quant = decision.plan.request.quant
         self._scales = _scales(decision, weights)
         gate = None if self._scales is None else self._scales.gate
         self._experts = with_raw_limit(expert_args(decision, weights), gate)
@@ -38,7 +37,7 @@ class Fp4Runner(KernelRunner):
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
-        self._input_scale = weights.w13_input_scale
+        self._quantized = ActivationQuantizer(decision, weights.w13_input_scale)
 
     @override
     def _record(
@@ -51,7 +50,7 @@ class Fp4Runner(KernelRunner):
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
-        x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
+        x = self._quantized(inputs.hidden_states)
         scales = self._scales
         record = Fp4MoeArgs(
             routing=inputs.routing,

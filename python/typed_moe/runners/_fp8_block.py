@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import final
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from typed_moe.config import Fp8BlockScale
-from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs, QuantizingKernel
-from typed_moe.quantization import Quantized, quantize_activation
+from typed_moe.kernels import ExpertWeights, Fp8BlockMoeArgs
 from typed_moe.routing import Routed
 from typed_moe.runners._base import CallBuffers, expert_args, present, route
 from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._planning import Decision
+from typed_moe.runners._quantizing import ActivationQuantizer
 
 
 @final
@@ -31,8 +30,7 @@ class Fp8BlockRunner(KernelRunner):
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13 scales")
         self._w2_scale = present(weights.w2_scale, "w2 scales")
-        kernel = decision.kernel
-        self._quantizer = kernel if isinstance(kernel, QuantizingKernel) else None
+        self._quantized = ActivationQuantizer(decision)
 
     @override
     def _record(
@@ -60,9 +58,3 @@ class Fp8BlockRunner(KernelRunner):
             fp8_quantization_type="DeepSeekFp8" if self._deepseek else "MxFp8",
         )
         return record, inputs.copies
-
-    def _quantized(self, hidden_states: Tensor) -> Quantized:
-        """By the kernel in its own launch; torch.compile makes one of PyTorch's by itself."""
-        if self._quantizer is None or torch.compiler.is_compiling():
-            return quantize_activation(hidden_states, self._quant)
-        return self._quantizer.quantize(hidden_states, self._quant)

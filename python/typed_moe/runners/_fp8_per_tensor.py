@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from typed_moe.config import is_gated
 from typed_moe.kernels import ExpertWeights, Fp8PerTensorMoeArgs
-from typed_moe.quantization import quantize_activation
 from typed_moe.routing import Routed
 from typed_moe.runners._base import (
     CallBuffers,
@@ -22,6 +21,7 @@ from typed_moe.runners._call import KernelCall
 from typed_moe.runners._kernel_runner import KernelRunner
 from typed_moe.runners._output_scales import output_scales
 from typed_moe.runners._planning import Decision
+from typed_moe.runners._quantizing import ActivationQuantizer
 
 
 @final
@@ -30,13 +30,13 @@ class Fp8PerTensorRunner(KernelRunner):
 
     def __init__(self, decision: Decision, weights: ExpertWeights) -> None:
         self._decision = decision
-        self._quant = decision.plan.request.quant
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
-        self._input_scale = present(weights.w13_input_scale, "w13_input_scale")
+        input_scale = present(weights.w13_input_scale, "w13_input_scale")
+        self._quantized = ActivationQuantizer(decision, input_scale)
         self._scales = output_scales(
             present(weights.w13_scale, "w13_weight_scale"),
             present(weights.w2_scale, "w2_weight_scale"),
-            self._input_scale,
+            input_scale,
             present(weights.w2_input_scale, "w2_input_scale"),
             gated=is_gated(decision.plan.request.activation),
         )
@@ -54,7 +54,7 @@ class Fp8PerTensorRunner(KernelRunner):
         inputs = route(
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
-        x = quantize_activation(inputs.hidden_states, self._quant, input_scale=self._input_scale)
+        x = self._quantized(inputs.hidden_states)
         record = Fp8PerTensorMoeArgs(
             routing=inputs.routing,
             output=buffers.output,

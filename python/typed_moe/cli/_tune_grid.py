@@ -1,0 +1,115 @@
+"""Which tiles `typed-moe tune` tries."""
+
+from __future__ import annotations
+
+import itertools
+from typing import final
+
+import attrs
+import torch
+
+from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile, Operand
+
+_HEIGHTS = (16, 32, 64, 128)
+_VALUES_PER_WARP = (4 * 32, 64 * 128)
+"""Of a result tile: with fewer lanes idle, with more they do not fit the registers."""
+_GROUPED = 8
+_TALL = 64
+"""Rows of a block from which on blocks share the weights in the L2 cache, and tiles may be copied by TMA."""
+_LEAST_SHARED_MEMORY = 99 << 10  # bytes: what every card from compute capability 8.0 on has
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Grid:
+    """The values that are tried for one product."""
+
+    block_n: tuple[int, ...] = (32, 64, 128, 256)
+    block_k: tuple[int, ...] = (64, 128, 256)
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (3, 4, 5, 6)
+    group_m: tuple[int, ...] = (1, 8, 16)
+    tma: tuple[bool, ...] = (False, True)
+
+    def round(self, number: int, start: GemmTile, rows: int) -> list[GemmTile]:
+        """What is tried from a tile on: width and warps, then depth, then order and way of copying.
+
+        Three rounds of a few tiles, each from the best of the one before: all of them together would be a
+        hundred to compile for each product and height.
+        """
+        match number:
+            case 0:
+                return [
+                    attrs.evolve(start, block_n=n, warps=warps)
+                    for n, warps in itertools.product(self.block_n, self.warps)
+                ]
+            case 1:
+                return [
+                    attrs.evolve(start, block_k=k, stages=stages)
+                    for k, stages in itertools.product(self.block_k, self.stages)
+                ]
+            case _:
+                groups = self.group_m if rows >= _TALL else (1,)
+                return [
+                    attrs.evolve(start, group_m=group, tma=tma)
+                    for group, tma in itertools.product(groups, self.tma)
+                ]
+
+
+ROUNDS = 3
+"""Of `Grid.round`."""
+
+
+def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
+    """Whether a block of this height can have a tile in this operand at all."""
+    least, most = _VALUES_PER_WARP
+    if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
+        return False  # a step of a product is the 128 values that share a scale
+    if tile.tma and (height < _TALL or operand in {"mxfp8", "fp4"}):
+        return False  # weights that are unpacked in registers are loaded without it
+    return least <= height * tile.block_n // tile.warps <= most
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Limits:
+    """What the card gives a program.
+
+    Attributes:
+        shared_memory: bytes.
+        tma: whether it has a tensor memory accelerator.
+    """
+
+    shared_memory: int
+    tma: bool
+
+
+def limits_of(device: torch.device) -> Limits:
+    """The card's; what Triton's interpreter takes on a CPU, which is anything."""
+    if device.type != "cuda":
+        return Limits(shared_memory=1 << 30, tma=False)
+    properties = torch.cuda.get_device_properties(device)
+    # PyTorch's stub does not have it.
+    shared = int(getattr(properties, "shared_memory_per_block_optin", _LEAST_SHARED_MEMORY))
+    return Limits(shared_memory=shared, tma=properties.major >= 9)
+
+
+def of_height(tile: ExpertTile, height: int) -> ExpertTile:
+    """The same products on blocks of another height; copied by descriptor in high ones alone."""
+    if tile.block_m == height:
+        return tile
+    group = _GROUPED if height >= _TALL else 1
+    first, second = (
+        attrs.evolve(gemm, group_m=group, tma=gemm.tma and height >= _TALL)
+        for gemm in (tile.first, tile.second)
+    )
+    return ExpertTile(block_m=height, first=first, second=second)
+
+
+def heights(rows: float) -> tuple[int, ...]:
+    """Blocks that experts with so many rows on average can want: not far above, nor far below."""
+    return tuple(
+        height
+        for height in _HEIGHTS
+        if height <= max(_HEIGHTS[0], 4 * rows) and (rows <= _TALL or height >= _TALL)
+    )

@@ -1,0 +1,115 @@
+"""Launching what happens to activations before the first product: into a format, and into bfloat16.
+
+Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from typed_moe.kernels._expert_operands import Operands
+from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
+from typed_moe.kernels._triton_quantize import (
+    quantize_mx_kernel,
+    quantize_nvfp4_kernel,
+    quantize_tensor_kernel,
+)
+from typed_moe.kernels._triton_widen import widen_kernel
+
+_VALUES = 1024
+"""Of one program."""
+
+
+def widen(operands: Operands) -> Tensor:
+    """(T, H) bfloat16: a record's activations times their scales; even columns first for FP4 weights."""
+    x, scale = operands.hidden, operands.hidden_scale
+    tokens, width = x.shape[0], operands.second.shape[1]
+    form = "bf16" if scale is None else "mxfp8" if scale.dtype is torch.uint8 else "nvfp4"
+    if form == "bf16" and operands.pack == 1:
+        return x
+    out = torch.empty((tokens, width), dtype=torch.bfloat16, device=x.device)
+    if tokens == 0:
+        return out
+    with on_device(x.device):
+        widen_kernel[(tokens, triton.cdiv(width, _VALUES))](
+            x if scale is None else x.view(torch.uint8),
+            x if scale is None else scale.view(torch.uint8),
+            out,
+            x.stride(0),
+            0 if scale is None else scale.stride(0),
+            H=width,
+            FORMAT=form,
+            PACK=operands.pack,
+            BLOCK=_VALUES // operands.pack,
+            num_warps=4,
+            **follows(x.device),
+        )
+    return out
+
+
+def quantize_tensor(x: Tensor, scale: Tensor) -> Tensor:
+    """(T, H) float8_e4m3fn by one static scale."""
+    tokens, width = x.shape
+    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
+    if tokens == 0:
+        return data
+    with on_device(x.device):
+        quantize_tensor_kernel[(tokens, triton.cdiv(width, _VALUES))](
+            x,
+            scale,
+            data,
+            x.stride(0),
+            H=width,
+            BLOCK=_VALUES,
+            DEVICE=not INTERPRETED,
+            num_warps=4,
+            **follows(x.device),
+        )
+    return data
+
+
+def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, H) float8_e4m3fn and (T, H / 32) uint8."""
+    tokens, width = x.shape
+    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((tokens, width // 32), dtype=torch.uint8, device=x.device)
+    if tokens == 0:
+        return data, scale
+    with on_device(x.device):
+        quantize_mx_kernel[(tokens, triton.cdiv(width, _VALUES))](
+            x,
+            data,
+            scale,
+            x.stride(0),
+            H=width,
+            GROUPS=_VALUES // 32,
+            DEVICE=not INTERPRETED,
+            num_warps=4,
+            **follows(x.device),
+        )
+    return data, scale
+
+
+def quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, H / 2) uint8 and (T, H / 16) float8_e4m3fn under a static scale."""
+    tokens, width = x.shape
+    data = torch.empty((tokens, width // 2), dtype=torch.uint8, device=x.device)
+    scale = torch.empty((tokens, width // 16), dtype=torch.float8_e4m3fn, device=x.device)
+    if tokens == 0:
+        return data, scale
+    with on_device(x.device):
+        quantize_nvfp4_kernel[(tokens, triton.cdiv(width, _VALUES))](
+            x,
+            global_scale,
+            data,
+            scale,
+            x.stride(0),
+            H=width,
+            GROUPS=_VALUES // 16,
+            DEVICE=not INTERPRETED,
+            num_warps=4,
+            **follows(x.device),
+        )
+    return data, scale
