@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -152,6 +153,28 @@ def test_what_is_wrong_is_said_and_not_timed(
     assert (first.us, first.share, first.eager_us) == (None, None, None)
     assert second.state == "timed"
     assert clocks.graphs == 1
+
+
+def test_an_error_that_is_no_number_is_none_in_the_file() -> None:
+    """JSON has neither NaN nor infinity."""
+    for factor in (torch.nan, torch.inf):
+        bent = Bent(change=partial(torch.full_like, fill_value=factor))
+        cell = only(block_of(bent))
+        assert (cell.state, cell.error) == ("wrong", None)
+
+
+def test_nothing_is_kept_for_a_gradient() -> None:
+    seen: list[bool] = []
+
+    def look(output: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return output
+
+    bench = LayerBench(clocks=ToldClocks(), card=CARD, sides=(Bent(change=look),))
+    for _ in bench_layer(bench, SMALL[:2], (Bf16(),), (1,), Steps()):
+        assert torch.is_grad_enabled()
+    assert seen
+    assert not any(seen)
 
 
 def test_a_side_that_cannot_be_captured_has_its_host_time() -> None:

@@ -169,9 +169,7 @@ class _Case:
         shape, quant, ids = self._stored.shape, self._stored.quant, self._routing.ids
         used = len(set(ids.flatten().tolist()))
         moved = used * self._stored.bytes_per_expert + 2 * self._inputs.hidden_states.nbytes
-        rows = shape.intermediate_size * (
-            self._stored.state["w13_weight"].shape[1] // shape.intermediate_size
-        )
+        rows = self._stored.state["w13_weight"].shape[1]
         values = shape.hidden_size * (rows + shape.intermediate_size)
         widest = max(shape.hidden_size, shape.intermediate_size)
         cell = Cell(
@@ -229,7 +227,7 @@ class _Case:
             return attrs.evolve(cell, error=error, bound=bound)
         said = f"the error is {error:.4g}, allowed: {bound:.4g}; the output is {gain:.4g} times "
         said += "the oracle's" if finite else "the oracle's, and not finite"
-        number = error if error == error else None  # noqa: PLR0124 - JSON has no NaN
+        number = error if math.isfinite(error) else None  # JSON has no NaN
         return attrs.evolve(cell, state="wrong", reason=said, error=number, bound=bound)
 
 
@@ -301,9 +299,7 @@ def bench_layer(
     """
     for shape in shapes:
         for quant in formats:
-            with torch.no_grad():  # a generator's decorator ends at its first value
-                block = _block_or_reason(bench, shape, quant, tokens or shape.tokens, steps)
-            yield block
+            yield _block_or_reason(bench, shape, quant, tokens or shape.tokens, steps)
             if bench.clocks.device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -186,6 +186,7 @@ class RoutingRow:
     rows_changed_by_bf16: int | None
 
 
+@torch.no_grad()
 def bench_routing(
     clocks: Clocks,
     routers: Sequence[Router],
@@ -202,9 +203,7 @@ def bench_routing(
         fused = _fused(router, clocks.device)
         with steps.step(router.name, total=len(tokens)) as step:
             for count in tokens:
-                with torch.no_grad():
-                    row = _Case(clocks, router, fused, count, library).row()
-                yield row
+                yield _Case(clocks, router, fused, count, library).row()
                 step.advance()
 
 
@@ -320,7 +319,7 @@ class _Case:
             bias = bias.bfloat16()
         try:
             routed, call = library.prepared(told, self._logits, bias, self._router.shape.top_k)
-        except (RuntimeError, KeyError) as refused:
+        except (RuntimeError, ValueError, KeyError) as refused:
             self._reasons["flashinfer"] = (str(refused).strip().splitlines() or ["refused"])[-1]
             return
         wrong = self._wrong(routed, _BF16_WEIGHTS)
