@@ -98,10 +98,12 @@ stubtest: $(VENV)/.test  ## stubs/ against the installed libraries
 pytest: $(VENV)/.test  ## the tests, typing tests included, with coverage
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup --cov --cov-report term $(ARGS)
 
-# One process: importing SGLang takes 9 seconds. Its warnings are its own. `-p no:cacheprovider`: this
+# A file stays in one process: SGLang's process state is set up once, and the engines, which take as long
+# as all the rest, start one after the other. Its warnings are its own. `-p no:cacheprovider`: this
 # environment leaves no cache in the checkout that the other's would be taken for.
 test-sglang: $(SGLANG_VENV)/.test  ## the tests against the real SGLang, on a machine without a GPU
-	$(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default tests/sglang $(ARGS)
+	$(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default --numprocesses $(JOBS) --dist loadfile \
+	    tests/sglang $(ARGS)
 
 # Triton's interpreter runs the kernels on a CPU. Triton is in SGLang's environment, which needs it.
 test-triton: $(SGLANG_VENV)/.test  ## the Triton kernels in Triton's interpreter

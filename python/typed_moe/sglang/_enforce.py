@@ -52,7 +52,7 @@ class Enforcer:
 
     def __init__(self, library: Callable[[], FlashInferLibrary]) -> None:
         self._library = library
-        self.ahead = LayersAhead(library)
+        self.ahead: LayersAhead = LayersAhead(library)
         self._made: WeakKeyDictionary[LayerLike, _Made] = WeakKeyDictionary()
 
     def plans(self) -> tuple[Plan, ...]:
