@@ -30,8 +30,10 @@ from typed_moe.cli._peer_routing import route_in_torch
 from typed_moe.cli._peer_torch import TorchGroupedMm
 from typed_moe.cli._peer_transformers import Transformers
 from typed_moe.cli._progress import Steps
-from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxFp4, Nvfp4
+from typed_moe.cli._verify_expected import as_read
+from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxFp4, MxFp8, Nvfp4
 from typed_moe.routing import BiasRule, Refused
+from typed_moe.testing._oracle import experts_float64
 
 CPU = torch.device("cpu")
 HIDDEN, INTERMEDIATE, EXPERTS = 128, 256, 8
@@ -175,6 +177,37 @@ def test_nothing_is_kept_for_a_gradient() -> None:
         assert torch.is_grad_enabled()
     assert seen
     assert not any(seen)
+
+
+@attrs.frozen(kw_only=True)
+class Exact:
+    """Experts whose intermediate is not rounded, which `rounds_intermediate` may deny."""
+
+    rounds_intermediate: bool
+    name: str = "exact"
+
+    def build(self, stored: Sequence[StoredLayer], /) -> Built | Refused:
+        one = stored[0]
+
+        def run(hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+            routed = route_in_torch(one.shape, router_logits, one.correction_bias)
+            return experts_float64(
+                as_read(hidden_states, one.quant, None),
+                routed.topk_ids,
+                routed.topk_weights,
+                one.oracle(rounded=False),
+            ).bfloat16()
+
+        return Built(layers=(run,), about="", rounds_intermediate=self.rounds_intermediate)
+
+
+def test_the_oracle_rounds_in_between_where_a_side_does() -> None:
+    """Without MXFP8's rounding in between nothing is left of the error but bfloat16's."""
+    right = only(block_of(Exact(rounds_intermediate=False), quant=MxFp8()))
+    other = only(block_of(Exact(rounds_intermediate=True), quant=MxFp8()))
+    assert right.error is not None
+    assert other.error is not None
+    assert right.error < 0.003 < 0.01 < other.error
 
 
 def test_a_side_that_cannot_be_captured_has_its_host_time() -> None:

@@ -13,7 +13,13 @@ from typing_extensions import override
 from tests.cli.calls import Cli, items, number, part
 from typed_moe.cli import _verify, _verify_cases, _verify_kernels
 from typed_moe.cli._strategies import strategy_classes
-from typed_moe.cli._verify_kernels import Found, Reference, Weighing, kernels_of
+from typed_moe.cli._verify_kernels import (
+    Found,
+    Reference,
+    Weighing,
+    kernels_of,
+    triton_rounds_intermediate,
+)
 from typed_moe.config import FORMATS, Activation, Bf16, Format, Fp8BlockScale, Nvfp4, Swiglu
 from typed_moe.kernels import (
     ExpertWeights,
@@ -73,11 +79,14 @@ class ScaledSource:
     """Such a kernel as something to verify."""
 
     name = "scaled"
-    rounds_intermediate = True
     stops_before_sum = True
 
     def __init__(self, factor: float, *families: str) -> None:
         self._made = Scaled(factor, families)
+
+    def rounds_intermediate(self, quant: Format) -> bool:
+        del quant
+        return True
 
     def activation(self, quant: Format) -> Activation:
         del quant
@@ -272,6 +281,22 @@ def test_a_gpu_has_flashinfers_kernels_and_tritons(monkeypatch: pytest.MonkeyPat
     reference = kernels_of(torch.device("cuda"), ("reference",))
     assert reference.sources == ()
     assert "says nothing of a GPU" in reference.absent[0][1]
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_what_the_triton_kernels_round_in_between(
+    capability: tuple[int, int], fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oracle follows: saturation by the format's own rounding is no part of their output."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda")
+    rounded = {
+        _verify_cases.format_label(quant)
+        for quant in _verify_cases.FORMATS
+        if triton_rounds_intermediate(quant, device)
+    }
+    always = {"unquantized", "bf16", "fp8_per_channel", "mxfp4 x bf16", "mxint4"}
+    assert rounded == always | ({"fp8_block", "fp8_per_tensor"} if fp8 else set())
 
 
 def test_flashinfers_references_are_verified_where_it_is_installed(

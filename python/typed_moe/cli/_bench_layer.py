@@ -162,7 +162,7 @@ class _Case:
         self._inputs = draw_inputs(stored.shape, tokens, bench.clocks.device)
         self._routing = _oracle_routing(stored, self._inputs)
         self._decided = ~self._routing.undecided().to(bench.clocks.device)
-        self._expected = _expected(stored, self._inputs, self._routing)
+        self._expected: dict[bool, Tensor] = {}
 
     def cell(self, name: str, built: Built | Refused) -> Cell:
         """Check, and time what is right."""
@@ -197,7 +197,7 @@ class _Case:
         if built.tune is not None:
             built.tune(*given)
         calls = [partial(run, *given) for run in built.layers]
-        cell = self._checked(cell, calls[0], built.roundings)
+        cell = self._checked(cell, calls[0], built)
         if cell.state == "wrong":
             return cell
         clocks = self._bench.clocks
@@ -212,15 +212,23 @@ class _Case:
             launches=clocks.launches(calls) if self._bench.launches else (),
         )
 
-    def _checked(self, cell: Cell, call: Call, roundings: int) -> Cell:
+    def _expect(self, *, rounded: bool) -> Tensor:
+        """(T, H) float64, computed once for the sides that round alike in between."""
+        if rounded not in self._expected:
+            self._expected[rounded] = _expected(
+                self._stored, self._inputs, self._routing, rounded=rounded
+            )
+        return self._expected[rounded]
+
+    def _checked(self, cell: Cell, call: Call, built: Built) -> Cell:
         """The first layer's output against the oracle, on memory that was filled with NaN."""
         with poisoned():
             output = call()
         mine = output.to(torch.float64)[self._decided]
-        expected = self._expected[self._decided]
+        expected = self._expect(rounded=built.rounds_intermediate)[self._decided]
         error = float((mine - expected).norm() / expected.norm())
         gain = float((mine * expected).sum() / (expected * expected).sum())
-        bound = _bound(self._stored.quant, roundings)
+        bound = _bound(self._stored.quant, built.roundings)
         finite = bool(output.isfinite().all())
         # Written so that NaN fails.
         if finite and error <= bound and abs(gain - 1) <= GAIN_BOUND:
@@ -260,14 +268,16 @@ def _oracle_routing(stored: StoredLayer, inputs: LayerInputs) -> OracleRouting:
     )
 
 
-def _expected(stored: StoredLayer, inputs: LayerInputs, routing: OracleRouting) -> Tensor:
+def _expected(
+    stored: StoredLayer, inputs: LayerInputs, routing: OracleRouting, *, rounded: bool
+) -> Tensor:
     """(T, H) float64 on the device."""
     device = inputs.hidden_states.device
     return experts_float64(
         as_read(inputs.hidden_states, stored.quant, stored.state.get("w13_input_scale")),
         routing.ids.to(device),
         routing.weights.to(device),
-        stored.oracle(),
+        stored.oracle(rounded=rounded),
         weight_on_input=stored.shape.routing.apply_router_weight_on_input,
     )
 

@@ -55,17 +55,20 @@ class StoredLayer:
             tensor.nbytes / experts for name, tensor in self.state.items() if name.startswith("w")
         )
 
-    def oracle(self) -> OracleExperts:
-        """The same experts for the float64 oracle, one at a time."""
+    def oracle(self, *, rounded: bool) -> OracleExperts:
+        """The same experts for the float64 oracle, one at a time.
+
+        Args:
+            rounded: the second matrix reads the intermediate as the format stores it.
+        """
+        reads = partial(as_read, quant=self.quant, scale=self.state.get("w2_input_scale"))
         experts = OracleExperts(
             w13=Each(make=partial(self._expert, "w13")),
             w2=Each(make=partial(self._expert, "w2")),
             activation=self.shape.activation.name,
             w13_bias=self.state.get("w13_weight_bias"),
             w2_bias=self.state.get("w2_weight_bias"),
-            round_intermediate=partial(
-                as_read, quant=self.quant, scale=self.state.get("w2_input_scale")
-            ),
+            round_intermediate=reads if rounded else None,
         )
         return attrs.evolve(experts, **attrs.asdict(self.shape.activation))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from typed_moe.cli._bench_weights import StoredLayer, make_layer
 from typed_moe.cli._errors import UserError
+from typed_moe.cli._verify_kernels import triton_rounds_intermediate
 from typed_moe.routing import Refused
 
 
@@ -32,12 +33,14 @@ class Built:
         about: what runs, for the report.
         roundings: to bfloat16 that it makes beyond those of a fused layer, for the bound on its
             error.
+        rounds_intermediate: between the two matrices as the format does.
         tune: called once for each T, before anything is checked or timed.
     """
 
     layers: tuple[Runnable, ...]
     about: str
     roundings: int = 0
+    rounds_intermediate: bool = True
     tune: Runnable | None = None
 
 
@@ -68,8 +71,12 @@ class Ours:
         except ValueError as error:
             return Refused(" ".join(str(error).split()))
         plan = layers[0].plan
+        request = plan.request
         return Built(
-            layers=layers, about=f"FusedMoE, kernel {plan.kernel}, {plan.form.value} routing"
+            layers=layers,
+            about=f"FusedMoE, kernel {plan.kernel}, {plan.form.value} routing",
+            rounds_intermediate=plan.kernel != "triton"
+            or triton_rounds_intermediate(request.quant, request.device),
         )
 
 

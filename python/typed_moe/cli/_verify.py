@@ -270,7 +270,7 @@ class _Case:
             routing,
             weigh_input=self.form if on_input else None,
             uniform=weighing is Weighing.UNIFORM and not on_input,
-            rounded=self.source.rounds_intermediate,
+            rounded=self.source.rounds_intermediate(self.quant),
         )
         error = float((output - expected).norm() / expected.norm())
         gain = float((output * expected).sum() / (expected * expected).sum())
