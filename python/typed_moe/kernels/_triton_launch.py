@@ -52,7 +52,7 @@ class Tile:
     width: int = _LANES
     warps: int
     whole: int = 4
-    whole_warps: int = 4
+    whole_warps: int = 8
     overlap: bool = True
     scan: int = 2048
     place_warps: int = 4
