@@ -47,7 +47,8 @@ def test_a_limit_is_dashed_and_has_no_dots() -> None:
 
 
 def test_panels_without_points_are_left_out() -> None:
-    empty = Panel(title="nothing", lines=(Line(label="a", points=()),))
+    limit = Line(label="floor", points=((8, 5),), limit=True)
+    empty = Panel(title="nothing", lines=(limit, Line(label="a", points=())))
     full = Panel(title="something", lines=(Line(label="a", points=((8, 5),)),))
     said = {text.text for text in _drawn(empty, full).iter(f"{SVG}text")}
     assert "something" in said

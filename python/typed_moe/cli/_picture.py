@@ -38,8 +38,10 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], *, title: str, x_label: str, y_label: str) -> str:
-    """An SVG document; the legend is each panel's own."""
-    shown = [panel for panel in panels if any(line.points for line in panel.lines)]
+    """An SVG document; the legend is each panel's own. One with nothing but a limit is left out."""
+    shown = [
+        panel for panel in panels if any(line.points for line in panel.lines if not line.limit)
+    ]
     most = max((len(panel.lines) for panel in shown), default=0)
     height = _HEIGHT + _LEGEND_LINE * most
     rows = -(-len(shown) // _COLUMNS)
