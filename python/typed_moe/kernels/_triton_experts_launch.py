@@ -9,14 +9,13 @@ from typing import Literal
 
 import attrs
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.kernels._experts_math import is_gated_type
-from typed_moe.kernels._fused_rules import power_of_two
+from typed_moe.kernels._fused_rules import ceil_div, power_of_two
 from typed_moe.kernels._triton_experts import (
     combine_kernel,
     first_kernel,
@@ -47,7 +46,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
     block = 256 if tokens < 128 else min(1024, power_of_two(width))
     local = slots.sorted
     with on_device(rows.device):
-        combine_kernel[(tokens, triton.cdiv(width, block))](
+        combine_kernel[(tokens, ceil_div(width, block))](
             rows,
             slots.ids,
             slots.weights,
@@ -78,7 +77,7 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
         return data, scale
     together = 8
     with on_device(x.device):
-        quantize_kernel[(rows, triton.cdiv(groups, together))](
+        quantize_kernel[(rows, ceil_div(groups, together))](
             x,
             data,
             scale,
@@ -171,7 +170,7 @@ def first(
     if fused == "group":
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
     blocks = local.block_experts.shape[0]
-    first_kernel[(blocks * triton.cdiv(width, gemm.block_n),)](
+    first_kernel[(blocks * ceil_div(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
         _or(scale, x),
         _tiles(_matrix(operands.first, operands), gemm.block_n, gemm),
@@ -240,7 +239,7 @@ def second(
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
     parts = tile.block_m // tile.second_rows
     blocks = local.block_experts.shape[0] * parts
-    second_kernel[(blocks * triton.cdiv(height, gemm.block_n),)](
+    second_kernel[(blocks * ceil_div(height, gemm.block_n),)](
         _tiles(hidden, tile.second_rows, gemm),
         _or(hidden_scale, hidden),
         _tiles(_matrix(operands.second, operands), gemm.block_n, gemm),

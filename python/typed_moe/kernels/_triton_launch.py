@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from typed_moe.kernels._fused_rules import RouteSettings, power_of_two
+from typed_moe.kernels._fused_rules import RouteSettings, ceil_div, power_of_two
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._triton_route import route_kernel
 from typed_moe.kernels._triton_slots import count_kernel, place_kernel, scan_kernel
@@ -124,7 +124,7 @@ def _route_rows(
         warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
-    chunks = triton.cdiv(tokens, tile.rows)
+    chunks = ceil_div(tokens, tile.rows)
     counts = _chunk_counts(chunks, sort, logits.device)
     _route(call, tile, "count", slots, counts)
     _place(slots, ids, counts, tile, chunk=tile.rows * top_k)
@@ -160,10 +160,10 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     ids = ids.to(torch.int32).contiguous()
     chunk = 128
     slots = _empty_slots(sort, num_slots, ids.device)
-    chunks = triton.cdiv(num_slots, chunk)
+    chunks = ceil_div(num_slots, chunk)
     counts = _chunk_counts(chunks, sort, ids.device)
     width = min(64, power_of_two(sort.num_local))
-    count_kernel[(chunks, triton.cdiv(sort.num_local, width))](
+    count_kernel[(chunks, ceil_div(sort.num_local, width))](
         ids,
         counts,
         num_slots,
@@ -190,7 +190,7 @@ def _route(
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
     whole = slots if mode == "whole" else None
-    route_kernel[(triton.cdiv(logits.shape[0], tile.rows),)](
+    route_kernel[(ceil_div(logits.shape[0], tile.rows),)](
         logits,
         call.bias,
         call.ids,
@@ -240,9 +240,9 @@ def _place(
     chunks, local_pad = chunk_counts.shape
     scanned = chunk_counts.numel() >= tile.scan
     before = _scan(slots, chunk_counts, tile) if scanned else None
-    per_program = 1 if scanned else power_of_two(triton.cdiv(chunks, tile.place_programs))
-    programs = triton.cdiv(chunks, per_program)
-    chunk_pad, filled = power_of_two(chunk), power_of_two(triton.cdiv(local_pad, programs))
+    per_program = 1 if scanned else power_of_two(ceil_div(chunks, tile.place_programs))
+    programs = ceil_div(chunks, per_program)
+    chunk_pad, filled = power_of_two(chunk), power_of_two(ceil_div(local_pad, programs))
     place_kernel[(programs,)](
         ids,
         chunk_counts,
