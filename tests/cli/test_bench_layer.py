@@ -449,6 +449,8 @@ def test_a_format_that_cannot_store_a_shape_is_a_line(
         (("--peer", "vllm"), "--peer is 'vllm'; allowed: torch, transformers, flashinfer-cutile"),
         (("--tokens", "0"), "--tokens is 0; allowed: 1 to 1048576"),
         (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
+        (("--json", "/tmp"), "/tmp is a folder; name a file in it"),
+        (("--peer", "none", "--peer", "torch"), "--peer is 'none' beside others"),
         (("--picture", "/no/such/folder/x.svg"), "there is no folder /no/such/folder"),
     ],
 )

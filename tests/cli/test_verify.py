@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from tests.cli.calls import Cli, items, number, part
 from typed_moe.cli import _verify, _verify_cases, _verify_kernels
+from typed_moe.cli._errors import UserError
 from typed_moe.cli._strategies import strategy_classes
 from typed_moe.cli._verify_kernels import (
     Found,
@@ -253,7 +254,7 @@ def test_a_kernel_that_there_is_none_of(name: str, cli: Cli) -> None:
 
 
 def test_one_kernel_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that does not run here is absent with the reason, and a failure if it was alone."""
+    """And one that was named and does not run here is a mistake, whatever else was named."""
     monkeypatch.setattr(_verify, "FORMATS", (Bf16(),))
     monkeypatch.setattr(_verify, "STRATEGIES", (Renormalize(),))
     done = cli("verify", "--device", "cpu", "--kernel", "reference", "--json")
@@ -261,11 +262,12 @@ def test_one_kernel_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["kernel"] for row in items(done.json(), "rows")} == {"reference"}
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    alone = cli("verify", "--device", "cpu", "--kernel", "triton", "--json")
-    assert alone.status == 1
-    (absent,) = items(alone.json(), "absent")
-    assert absent["kernel"] == "triton"
-    assert "Triton" in str(absent["reason"]) or "CUDA" in str(absent["reason"])
+    for named in (("triton",), ("reference", "triton")):
+        asked = [word for name in named for word in ("--kernel", name)]
+        absent = cli("verify", "--device", "cpu", *asked)
+        assert (absent.status, absent.out) == (2, "")
+        assert absent.err.startswith("error: --kernel is 'triton': ")
+        assert "Triton" in absent.err or "CUDA" in absent.err
 
 
 def test_a_gpu_has_flashinfers_kernels_and_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +280,8 @@ def test_a_gpu_has_flashinfers_kernels_and_tritons(monkeypatch: pytest.MonkeyPat
     assert [source.name for source in found.sources] == ["triton"]
     assert found.absent == (("flashinfer", "this GPU is SM90"),)
     assert isinstance(found.sources[0].kernel(), TritonKernel)
-    reference = kernels_of(torch.device("cuda"), ("reference",))
-    assert reference.sources == ()
-    assert "says nothing of a GPU" in reference.absent[0][1]
+    with pytest.raises(UserError, match=r"--kernel is 'reference': .*says nothing of a GPU"):
+        kernels_of(torch.device("cuda"), ("reference",))
 
 
 @pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])

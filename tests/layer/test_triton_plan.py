@@ -28,7 +28,7 @@ from typed_moe import (
     UnsupportedRouting,
 )
 from typed_moe.config import Placement
-from typed_moe.kernels import KernelRequest, triton_experts
+from typed_moe.kernels import ExpertWeights, KernelRequest, triton_experts
 from typed_moe.kernels._expert_tiles import (
     ANY_CARD,
     HOPPER,
@@ -87,6 +87,60 @@ def test_what_it_refuses_has_no_kernel_on_the_card() -> None:
     assert "nvfp4; this layer's format is mxint4" in str(raised.value)
     assert "only when asked for" in str(raised.value)
     assert decide(request, RenormalizeNaive(), kernel=ReferenceKernel()).plan.kernel == "reference"
+
+
+GEMM = GemmTile(block_n=64, block_k=128, warps=4, stages=3)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("tile", "quant", "reason"),
+    [
+        (
+            ExpertTile(block_m=16, first=GEMM, second=attrs.evolve(GEMM, block_k=256)),
+            Fp8BlockScale(),
+            "block_n or block_k of 256; allowed in fp8_block: up to 128",
+        ),
+        (
+            ExpertTile(block_m=64, first=attrs.evolve(GEMM, block_n=256), second=GEMM),
+            Fp8BlockScale(),
+            "block_n or block_k of 256; allowed in fp8_block: up to 128",
+        ),
+        (
+            ExpertTile(block_m=16, first=GEMM, second=GEMM, second_block_m=32),
+            Bf16(),
+            "second_block_m is 32, and its block_m 16; allowed: a divisor",
+        ),
+        (
+            ExpertTile(block_m=48, first=GEMM, second=GEMM),
+            Bf16(),
+            "a size of 48; allowed: powers of two from 16 on",
+        ),
+    ],
+)
+def test_a_tile_that_would_compute_something_else(
+    tile: ExpertTile, quant: Format, reason: str
+) -> None:
+    """A step of FP8 blocks has one scale, and a grid of no programs writes nothing."""
+    refused = TritonKernel(tile=tile).rules(attrs.evolve(REQUEST, quant=quant))
+    assert isinstance(refused, Refused)
+    assert reason in refused.reason
+
+
+@pytest.mark.parametrize("name", ["w13_weight", "w2_scale"])
+def test_transposed_tensors_are_refused(name: str) -> None:
+    """As `load_state_dict(assign=True)` may bring them: they are read row by row."""
+    given = {
+        "w13_weight": torch.zeros(2, 512, 256, dtype=torch.float8_e4m3fn),
+        "w2_weight": torch.zeros(2, 256, 256, dtype=torch.float8_e4m3fn),
+        "w13_scale": torch.ones(2, 4, 2),
+        "w2_scale": torch.ones(2, 2, 2),
+    }
+    kernel, request = TritonKernel(), attrs.evolve(REQUEST, quant=Fp8BlockScale())
+    kernel.prepare(ExpertWeights(**given), request)
+    given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=rf"{name} .*Pass {name}.contiguous\(\)"):
+        kernel.prepare(ExpertWeights(**given), request)
 
 
 def test_without_a_card_it_says_so() -> None:

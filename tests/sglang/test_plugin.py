@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
+from typing import cast
 from unittest import mock
 
 import pytest
@@ -18,8 +19,12 @@ import torch
 import typed_moe
 from tests.sglang.layers import Block, SglangBlock
 from typed_moe import UnsupportedRouting
+from typed_moe.kernels._flashinfer_library import FlashInferLibrary
 from typed_moe.sglang import Mode, Plugin, plugin
+from typed_moe.sglang._ahead import LEADING_THERE, EnforcedLayerLike
+from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._mode import read_mode
+from typed_moe.sglang._observe import Observer
 from typed_moe.sglang._plugin import KERNEL_FUNCTIONS
 from typed_moe.sglang._watch import watch
 
@@ -329,3 +334,45 @@ def test_off_hooks_nothing() -> None:
 def test_sglangs_whitelist_leaves_it_out() -> None:
     out, _ = _start(SGLANG_PLUGINS="another")
     assert "HOOKED False" in out
+
+
+class PackedLater:
+    """A layer of compressed-tensors' NVFP4 as SGLang has made it: no `w13_weight` yet."""
+
+    layer_id, is_draft = 0, False
+    runner_backend = SimpleNamespace(value="flashinfer_trtllm")
+    quant_method = object()
+    moe_runner_config = SimpleNamespace(top_k=2)
+
+
+def _no_library() -> FlashInferLibrary:
+    raise AssertionError("nothing here calls FlashInfer")
+
+
+@pytest.mark.sglang
+def test_every_backend_that_leads_to_those_functions_is_known() -> None:
+    """By SGLang's own questions to its backends."""
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+    leading = {
+        backend.value
+        for backend in MoeRunnerBackend
+        if backend.is_flashinfer_trtllm()
+        or backend.is_flashinfer_trtllm_routed()
+        or backend.is_flashinfer_mxfp4()
+    }
+    assert leading == LEADING_THERE
+
+
+def test_enforce_hooks_the_kernels_from_the_start() -> None:
+    """Some models call them by themselves: no layer would tell."""
+    observer = Observer(lambda: "m", _no_library)
+    plugins = {mode: Plugin(mode, observer, Enforcer(_no_library)) for mode in Mode}
+    at_start = {hook.target for hook in plugins[Mode.ENFORCE].hooks}
+    assert set(KERNEL_FUNCTIONS) <= at_start
+    assert not set(KERNEL_FUNCTIONS) & {hook.target for hook in plugins[Mode.OBSERVE].hooks}
+
+
+def test_a_method_that_is_not_ours_is_left_to_its_first_call() -> None:
+    """Its weights may have other names when the layer is made, or be packed later."""
+    Enforcer(_no_library).ahead.made(cast("EnforcedLayerLike", PackedLater()))

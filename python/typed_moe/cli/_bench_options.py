@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def read_tokens(tokens: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_writable(*files: Path | None) -> None:
-    """Before minutes of measuring: the folders of the files are there.
+    """Before minutes of measuring: the files can be written.
 
     Raises:
         UserError: one is not.
@@ -46,6 +47,10 @@ def check_writable(*files: Path | None) -> None:
     for file in files:
         if file is not None and not file.parent.is_dir():
             raise UserError(f"{file}: there is no folder {file.parent}; make it first")
+        if file is not None and file.is_dir():
+            raise UserError(f"{file} is a folder; name a file in it")
+        if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise UserError(f"{file} cannot be written; name another file")
 
 
 def write_json(file: Path, data: Mapping[str, object]) -> None:

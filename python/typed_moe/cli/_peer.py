@@ -109,10 +109,12 @@ def sides(peers: tuple[str, ...]) -> tuple[Side, ...]:
     """This package's layer, then these peers; all of them, where none is named.
 
     Raises:
-        UserError: no such peer.
+        UserError: no such peer, or one beside `none`.
     """
     unknown = [name for name in peers if name not in _PEERS and name != "none"]
     if unknown:
         raise UserError(f"--peer is {unknown[0]!r}; allowed: {', '.join(PEERS)}, none")
+    if "none" in peers and len(peers) > 1:
+        raise UserError("--peer is 'none' beside others; allowed: 'none' alone, or names")
     names = [name for name in peers if name != "none"] if peers else PEERS
     return (Ours(), *(_PEERS[name]() for name in names))

@@ -43,7 +43,6 @@ _OPERANDS: Mapping[FormatName, str] = MappingProxyType(
         "bf16": "bf16",
         "fp8_block": "fp8",
         "fp8_per_tensor": "fp8",
-        "fp8_per_channel": "fp8",
         "mxfp8": "mxfp8",
         "mxfp4": "fp4",
         "nvfp4": "fp4",

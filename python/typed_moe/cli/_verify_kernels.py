@@ -303,12 +303,16 @@ def kernels_of(device: torch.device, names: tuple[str, ...] = ()) -> Found:
         names: out of `KERNELS`; none: all that a device has.
 
     Raises:
-        UserError: no such name.
+        UserError: no such name, or what is named is not there.
     """
     unknown = [name for name in names if name not in KERNELS]
     if unknown:
         raise UserError(f"--kernel is {unknown[0]!r}; allowed: {', '.join(KERNELS)}")
     found = {name: _FINDERS[name](device) for name in names or _DEFAULTS[device.type]}
+    for name in names:
+        one = found[name]
+        if isinstance(one, Refused):
+            raise UserError(f"--kernel is {name!r}: {one.reason}")
     return Found(
         sources=tuple(one for one in found.values() if not isinstance(one, Refused)),
         absent=tuple((name, one.reason) for name, one in found.items() if isinstance(one, Refused)),

@@ -21,6 +21,11 @@ _BYTES: Mapping[Operand, tuple[float, float]] = MappingProxyType(
 """Of a value of x and of a weight, its scale's part with it (for FP4 NVFP4's, which has more)."""
 
 
+_LEAST = 16
+"""Rows or columns of a matrix unit's product."""
+_FP8_BLOCK = 128
+
+
 @final
 @attrs.frozen(kw_only=True)
 class GemmTile:
@@ -75,6 +80,28 @@ class ExpertTile:
                 (self.second, self.second_rows, 1),
             )
         )
+
+
+def tile_refusal(tile: ExpertTile, *, blocks: bool) -> str | None:
+    """Why no kernel can be made of a tile, or, with `blocks`, none for FP8 in blocks of 128."""
+    gemms = (tile.first, tile.second)
+    sizes = [tile.block_m, tile.second_rows]
+    sizes += [size for gemm in gemms for size in (gemm.block_n, gemm.block_k)]
+    wrong = [size for size in sizes if size < _LEAST or size & (size - 1)]
+    if wrong:
+        return f"the tile has a size of {wrong[0]}; allowed: powers of two from {_LEAST} on"
+    if tile.second_rows > tile.block_m:
+        return (
+            f"the tile's second_block_m is {tile.second_rows}, and its block_m {tile.block_m}; "
+            "allowed: a divisor"
+        )
+    most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
+    if blocks and most > _FP8_BLOCK:
+        return (
+            f"the tile has a block_n or block_k of {most}; allowed in fp8_block: up to {_FP8_BLOCK}, "
+            "the values that share a scale"
+        )
+    return None
 
 
 Table = tuple[tuple[float, ExpertTile], ...]

@@ -10,6 +10,7 @@ Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from types import MappingProxyType
 from typing import Literal, Protocol, final
@@ -21,7 +22,14 @@ from torch import Tensor
 from typed_moe.config import Format, Fp8BlockScale, Fp8PerTensor, MxFp4, MxFp8, Nvfp4, Unquantized
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._expert_operands import Operands, Outputs, Slots
-from typed_moe.kernels._expert_tiles import ExpertTile, Operand, Table, table_of, tile_of
+from typed_moe.kernels._expert_tiles import (
+    ExpertTile,
+    Operand,
+    Table,
+    table_of,
+    tile_of,
+    tile_refusal,
+)
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
 from typed_moe.kernels._slots import SortedSlots, SortRequest
@@ -108,8 +116,19 @@ class TritonKernel:
         return TRITON_RULES if reason is None else Refused(reason)
 
     def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
-        """As they are: gate rows first, scales row-major."""
+        """As they are: gate rows first, scales row-major.
+
+        Raises:
+            ValueError: a tensor's values do not lie row by row, as after a transposition.
+        """
         del request
+        for field in fields(weights):
+            name, value = field.name, getattr(weights, field.name)
+            if isinstance(value, Tensor) and not value.is_contiguous():
+                raise ValueError(
+                    f"{name} {tuple(value.shape)} has strides {value.stride()}; the Triton kernels "
+                    f"read it row by row. Pass {name}.contiguous()"
+                )
         return weights
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
@@ -217,6 +236,10 @@ class TritonKernel:
         return tile, _slots(args.routing, experts, request)
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
+        if self.tile is not None:
+            wrong = tile_refusal(self.tile, blocks=isinstance(request.quant, Fp8BlockScale))
+            if wrong is not None:
+                return wrong
         if isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4):
             wrong = self._grouped_refusal(request.quant.name)
             if wrong is not None:

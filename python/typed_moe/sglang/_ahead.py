@@ -27,6 +27,8 @@ from typed_moe.sglang._translate import RoutedOutside, strategy_of
 
 BACKENDS = frozenset({"flashinfer_trtllm", "flashinfer_trtllm_routed", "flashinfer_mxfp4"})
 """SGLang's names of the backends whose calls are ours in `enforce`."""
+LEADING_THERE = BACKENDS | {"experimental_sgl_trtllm"}
+"""And of one more whose layers call the same functions where there is no LoRA."""
 
 
 class EnforcedLayerLike(LayerLike, Protocol):
@@ -135,10 +137,11 @@ class LayersAhead:
     def _request(self, layer: EnforcedLayerLike, top_k: int) -> KernelRequest | None:
         """The layer as a kernel sees it; None where only its first call says what it is."""
         make = _FORMATS.get(type(layer.quant_method).__name__)
+        if make is None:  # its parameters may have other names, or none yet
+            return None
         device = layer.w13_weight.device
         # Off Blackwell SGLang has other kernels for MXFP4, which are not ours to make.
-        other = _backend(layer) == "flashinfer_mxfp4" and self._library().refuses(device)
-        if make is None or other:
+        if _backend(layer) == "flashinfer_mxfp4" and self._library().refuses(device):
             return None
         config = layer.moe_runner_config
         try:
@@ -165,7 +168,12 @@ class LayersAhead:
 
 
 def _backend(layer: EnforcedLayerLike) -> str | None:
-    value: object = getattr(layer.runner_backend, "value", None)
+    return backend_name(layer.runner_backend)
+
+
+def backend_name(runner_backend: object) -> str | None:
+    """SGLang's name of a backend; None where there is none."""
+    value: object = getattr(runner_backend, "value", None)
     return value if isinstance(value, str) else None
 
 

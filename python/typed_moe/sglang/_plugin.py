@@ -22,7 +22,7 @@ import attrs
 
 from typed_moe.errors import UnsupportedRouting
 from typed_moe.kernels._flashinfer_library import FlashInferLibrary
-from typed_moe.sglang._ahead import EnforcedLayerLike, runs_trtllm
+from typed_moe.sglang._ahead import LEADING_THERE, EnforcedLayerLike, backend_name
 from typed_moe.sglang._backend import around_packed, bind_topk, build_layer, offer_backend
 from typed_moe.sglang._enforce import Enforcer
 from typed_moe.sglang._layers import SglangExperts, read_bf16, read_fp4, read_fp8, read_mxfp4
@@ -64,8 +64,8 @@ KERNEL_FUNCTIONS: Mapping[str, _Read] = MappingProxyType(
 
 They are looked up where they are called, so a hook on them covers every registered pair of
 dispatcher and backend, and ModelOpt's FP8 method, which calls the first by itself. Nothing holds them
-under another name, so they are hooked when a layer first needs them: SGLang's registry would import
-their module in every process, and look through every module for each of them.
+under another name, so `observe` hooks them when a layer or a TopK first leads there: SGLang's registry would
+import their module in every process, and look through every module for each of them. `enforce` has it do so.
 """
 
 
@@ -133,6 +133,10 @@ class Plugin:
             Hook(target=_PACKED, kind="AROUND", function=around_packed),
         )
         self.kernels: tuple[Hook, ...] = ()
+        if mode is Mode.ENFORCE:
+            # From the start: a few models call these functions by themselves, without such a layer.
+            self.kernels = self._kernel_hooks()
+            self.hooks += self.kernels
 
     def register(self) -> None:
         """Give the hooks to SGLang, which puts them in place when all plugins have run."""
@@ -167,14 +171,17 @@ class Plugin:
         """
         if self.kernels:
             return
-        hooks = [
-            Hook(target=target, kind="AROUND", function=self._around_kernel(read))
-            for target, read in KERNEL_FUNCTIONS.items()
-        ]
+        hooks = self._kernel_hooks()
         self._refuse_missing([hook.target for hook in hooks if not _is_there(hook)])
         for hook in hooks:
             hook.put()
-        self.kernels = tuple(hooks)
+        self.kernels = hooks
+
+    def _kernel_hooks(self) -> tuple[Hook, ...]:
+        return tuple(
+            Hook(target=target, kind="AROUND", function=self._around_kernel(read))
+            for target, read in KERNEL_FUNCTIONS.items()
+        )
 
     def _check_settings(self) -> None:
         """Refuse to route by settings that another SGLang has added, or no longer has.
@@ -206,7 +213,7 @@ class Plugin:
         if not self._checked:
             self.check_hooks()
         build_layer(original, layer, args, kwargs)
-        if runs_trtllm(cast("EnforcedLayerLike", layer)):
+        if backend_name(cast("EnforcedLayerLike", layer).runner_backend) in LEADING_THERE:
             self.hook_kernels()
         if self.mode is Mode.ENFORCE:
             # Our runners give finished sums; the model asks before it takes unfinished ones.
@@ -223,6 +230,8 @@ class Plugin:
     ) -> object:
         method = _method_name(topk, routing_method_type)
         self.observer.bound(topk, method)
+        if backend_name(runner_backend) in LEADING_THERE:
+            self.hook_kernels()
         bind_topk(topk, runner_backend, method)
         if self.mode is Mode.ENFORCE:
             self.enforcer.ahead.bound(topk, method)
