@@ -23,7 +23,8 @@ _BYTES: Mapping[Operand, tuple[float, float]] = MappingProxyType(
 
 _LEAST = 16
 """Rows or columns of a matrix unit's product."""
-_FP8_BLOCK = 128
+FP8_BLOCK = 128
+"""Values of a sum that share a scale in 128 x 128 blocks, and columns."""
 
 
 @final
@@ -96,9 +97,9 @@ def tile_refusal(tile: ExpertTile, *, blocks: bool) -> str | None:
             "allowed: a divisor"
         )
     most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
-    if blocks and most > _FP8_BLOCK:
+    if blocks and most > FP8_BLOCK:
         return (
-            f"the tile has a block_n or block_k of {most}; allowed in fp8_block: up to {_FP8_BLOCK}, "
+            f"the tile has a block_n or block_k of {most}; allowed in fp8_block: up to {FP8_BLOCK}, "
             "the values that share a scale"
         )
     return None

@@ -16,7 +16,7 @@ from typing import Final, cast, final, get_args
 
 import attrs
 
-from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile, Operand, Table
+from typed_moe.kernels._expert_tiles import FP8_BLOCK, ExpertTile, GemmTile, Operand, Table
 
 TILES_VARIABLE: Final = "TYPED_MOE_TILES"
 """The environment variable that names a file of `typed-moe tune`."""
@@ -35,8 +35,6 @@ _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "group_m": tuple(range(1, 65)),
     }
 )
-_FP8_GROUP = 128
-"""Values of a sum that share a scale in 128 x 128 blocks: one step of a product is these."""
 
 
 @final
@@ -162,10 +160,10 @@ def _gemm(operand: str, data: object, where: str) -> GemmTile:
     }
     if not isinstance(gemm["tma"], bool):
         raise ValueError(f"{where}.tma is {gemm['tma']!r}; allowed: true and false")
-    if operand == "fp8" and (size["block_k"] != _FP8_GROUP or size["block_n"] > _FP8_GROUP):
+    if operand == "fp8" and (size["block_k"] != FP8_BLOCK or size["block_n"] > FP8_BLOCK):
         raise ValueError(
             f"{where} has block_k {size['block_k']} and block_n {size['block_n']}; allowed in fp8: "
-            f"block_k {_FP8_GROUP} and block_n up to {_FP8_GROUP}, the values that share a scale"
+            f"block_k {FP8_BLOCK} and block_n up to {FP8_BLOCK}, the values that share a scale"
         )
     return GemmTile(
         block_n=size["block_n"],

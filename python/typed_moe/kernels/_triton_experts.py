@@ -57,11 +57,16 @@ def operand(x: tl.tensor, FP8: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def largest(x: tl.tensor) -> tl.tensor:
+    """(R, N) to (R,): the largest magnitude; a NaN, which a maximum may drop, is a row's largest."""
+    amax = tl.max(tl.abs(x), 1)
+    return tl.where(tl.max(tl.where(x == x, 0, 1), 1) == 0, amax, float("nan"))  # noqa: PLR0124
+
+
+@triton.jit
 def group_scale(x: tl.tensor) -> tl.tensor:
     """(R, 128) to (R,): amax / 448, not under 2^-126, and 1 for zeros; a NaN or infinity stays."""
-    amax = tl.max(tl.abs(x), 1)
-    # A maximum may drop a NaN; it has to reach its whole group.
-    amax = tl.where(tl.max(tl.where(x == x, 0, 1), 1) == 0, amax, float("nan"))  # noqa: PLR0124
+    amax = largest(x)
     scale = tl.div_rn(amax, tl.full(amax.shape, 448.0, tl.float32))
     scale = tl.where(scale < _SMALLEST_NORMAL, _SMALLEST_NORMAL, scale)
     return tl.where(amax == 0.0, 1.0, scale)
@@ -80,8 +85,8 @@ def to_bfloat16(x: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 @triton.jit
 def to_e4m3(quotient: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
     """Saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
-    largest = tl.full([], 448.0, tl.float32)
-    quotient = clamp(quotient, -largest, largest)
+    most = tl.full([], 448.0, tl.float32)
+    quotient = clamp(quotient, -most, most)
     if not DEVICE:
         bits = quotient.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000

@@ -8,20 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from typed_moe.kernels._triton_experts import to_e4m3
+from typed_moe.kernels._triton_experts import largest, to_e4m3
 from typed_moe.kernels._triton_slots import follow
 
 _WHOLE_NUMBERS = tl.constexpr(12582912.0)
 """1.5 * 2^23, next to which a float32 has no fraction: added and taken away it rounds, ties to even."""
 _E2M1_LARGEST = tl.constexpr(6.0)
 _E4M3_SMALLEST = tl.constexpr(2.0**-9)
-
-
-@triton.jit
-def largest(x: tl.tensor) -> tl.tensor:
-    """(G, N) to (G,): the largest magnitude; a NaN in a group is its largest."""
-    amax = tl.max(tl.abs(x), 1)
-    return tl.where(tl.max(tl.where(x == x, 0, 1), 1) == 0, amax, float("nan"))  # noqa: PLR0124
 
 
 @triton.jit

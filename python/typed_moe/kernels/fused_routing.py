@@ -223,7 +223,7 @@ def fused_route(
 
 
 def sort_slots(topk_ids: Tensor, request: SortRequest) -> SortedSlots:
-    """The sorted slots of ids that any routing gave: two launches. Not under torch.compile.
+    """The sorted slots of ids that any routing gave: two or three launches. Not under torch.compile.
 
     Args:
         topk_ids: (T, k) integers, global expert ids; -1 marks a slot that is skipped.

@@ -1,8 +1,8 @@
 """The experts in Triton, for CUDA cards from compute capability 8.0 on.
 
-Four or five launches for a layer from logits (routing and sorting in one or two, the first product with
-its activation, the second, the weighted sum), without a host synchronisation and without atomics. Triton
-is imported at the first call, not before.
+Four to six launches for a layer from logits (routing and sorting in one to three, the first product with
+its activation, the second, the weighted sum), and one to three more for what a format quantises, without a
+host synchronisation and without atomics. Triton is imported at the first call, not before.
 
 Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per token.
 """
