@@ -4,6 +4,8 @@ from typing import Generic, ParamSpec, Protocol, TypeVar, overload
 from triton import knobs as knobs
 from triton import language as language
 
+__version__: str
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

@@ -144,6 +144,13 @@ def _tile(data: Data) -> Data:
     return tile
 
 
+def _renamed(data: Data) -> None:
+    """The table of fp8 as one of fp4."""
+    tables = data["tables"]
+    assert isinstance(tables, dict)
+    tables["fp4"] = tables.pop("fp8")
+
+
 def _first(data: Data) -> Data:
     first = _tile(data)["first"]
     assert isinstance(first, dict)
@@ -172,6 +179,15 @@ def _first(data: Data) -> Data:
         (lambda data: _first(data).update(warps=True), "first.warps is True; allowed"),
         (lambda data: _first(data).update(warps="4"), "first.warps is '4'; allowed"),
         (lambda data: _first(data).update(tma=1), "first.tma is 1; allowed: true and false"),
+        (lambda data: _first(data).update(persistent=1), "first.persistent is 1; allowed: true"),
+        (
+            lambda data: _first(data).update(persistent=True),
+            "is persistent with block_m 64, second_block_m 32 and block_n 128; allowed: 128 each",
+        ),
+        (
+            lambda data: _first(data).update(persistent=True) or _renamed(data),
+            "fp4[0].first.persistent is true in fp4; allowed: false, but in bf16 and fp8",
+        ),
         (
             lambda data: _first(data).update(block_k=64),
             "block_k 64 and block_n 128; allowed in fp8",

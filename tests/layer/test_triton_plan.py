@@ -116,6 +116,11 @@ GEMM = GemmTile(block_n=64, block_k=128, warps=4, stages=3)
             Bf16(),
             "a size of 48; allowed: powers of two from 16 on",
         ),
+        (
+            ExpertTile(block_m=128, first=attrs.evolve(GEMM, persistent=True), second=GEMM),
+            Bf16(),
+            "persistent with block_m 128, second_block_m 128 and block_n 64; allowed: 128 each",
+        ),
     ],
 )
 def test_a_tile_that_would_compute_something_else(

@@ -246,9 +246,8 @@ class _Search:
     def _can_fit(self, tile: ExpertTile) -> bool:
         limits = self._tuner.limits
         needed = tile.shared_memory(self._operand, gated=self._gated)
-        return needed <= limits.shared_memory and (
-            limits.tma or not (tile.first.tma or tile.second.tma)
-        )
+        copied = any(gemm.tma or gemm.persistent for gemm in (tile.first, tile.second))
+        return needed <= limits.shared_memory and (limits.tma or not copied)
 
     def _time(self, tile: ExpertTile) -> float | None:
         """Microseconds of a whole layer; None where the tile does not fit or is wrong."""

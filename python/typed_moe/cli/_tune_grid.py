@@ -8,7 +8,7 @@ from typing import final
 import attrs
 import torch
 
-from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile, Operand
+from typed_moe.kernels._expert_tiles import PERSISTENT_SIZE, ExpertTile, GemmTile, Operand
 
 _HEIGHTS = (16, 32, 64, 128)
 _VALUES_PER_WARP = (4 * 32, 64 * 128)
@@ -16,6 +16,10 @@ _VALUES_PER_WARP = (4 * 32, 64 * 128)
 _GROUPED = 8
 _TALL = 64
 """Rows of a block from which on blocks share the weights in the L2 cache, and tiles may be copied by TMA."""
+_STEP_BYTES = 128
+"""Of a row, per step of a persistent kernel."""
+_PERSISTENT = GemmTile(block_n=PERSISTENT_SIZE, block_k=64, warps=8, stages=4, persistent=True)
+"""The one form there is, but for the step and the order of the tiles."""
 _LEAST_SHARED_MEMORY = 99 << 10  # bytes: what every card from compute capability 8.0 on has
 
 
@@ -30,6 +34,7 @@ class Grid:
     stages: tuple[int, ...] = (3, 4, 5, 6)
     group_m: tuple[int, ...] = (1, 8, 16)
     tma: tuple[bool, ...] = (False, True)
+    persistent: tuple[bool, ...] = (False, True)
 
     def round(self, number: int, start: GemmTile, rows: int) -> list[GemmTile]:
         """What is tried from a tile on: width and warps, then depth, then order and way of copying.
@@ -37,23 +42,30 @@ class Grid:
         Three rounds of a few tiles, each from the best of the one before: all of them together would be a
         hundred to compile for each product and height.
         """
+        plain = attrs.evolve(start, persistent=False)
         match number:
             case 0:
                 return [
-                    attrs.evolve(start, block_n=n, warps=warps)
+                    attrs.evolve(plain, block_n=n, warps=warps)
                     for n, warps in itertools.product(self.block_n, self.warps)
                 ]
             case 1:
                 return [
-                    attrs.evolve(start, block_k=k, stages=stages)
+                    attrs.evolve(plain, block_k=k, stages=stages)
                     for k, stages in itertools.product(self.block_k, self.stages)
                 ]
             case _:
                 groups = self.group_m if rows >= _TALL else (1,)
-                return [
-                    attrs.evolve(start, group_m=group, tma=tma)
+                tiles = [
+                    attrs.evolve(plain, group_m=group, tma=tma)
                     for group, tma in itertools.product(groups, self.tma)
                 ]
+                if True in self.persistent and rows == PERSISTENT_SIZE:
+                    tiles += [
+                        attrs.evolve(_PERSISTENT, block_k=k, group_m=group)
+                        for k, group in itertools.product(self.block_k, groups)
+                    ]
+                return tiles
 
 
 ROUNDS = 3
@@ -65,6 +77,10 @@ def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
     least, most = _VALUES_PER_WARP
     if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
         return False  # a step of a product is the 128 values that share a scale
+    if tile.persistent:
+        step = _STEP_BYTES // {"bf16": 2, "fp8": 1}.get(operand, _STEP_BYTES)
+        sizes = (height, tile.block_n, tile.block_k)
+        return sizes == (PERSISTENT_SIZE, PERSISTENT_SIZE, step)
     if tile.tma and (height < _TALL or operand in {"mxfp8", "fp4"}):
         return False  # weights that are unpacked in registers are loaded without it
     return least <= height * tile.block_n // tile.warps <= most
@@ -100,7 +116,7 @@ def of_height(tile: ExpertTile, height: int) -> ExpertTile:
         return tile
     group = _GROUPED if height >= _TALL else 1
     first, second = (
-        attrs.evolve(gemm, group_m=group, tma=gemm.tma and height >= _TALL)
+        attrs.evolve(gemm, group_m=group, tma=gemm.tma and height >= _TALL, persistent=False)
         for gemm in (tile.first, tile.second)
     )
     return ExpertTile(block_m=height, first=first, second=second)

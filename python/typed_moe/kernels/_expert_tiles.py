@@ -23,6 +23,8 @@ _BYTES: Mapping[Operand, tuple[float, float]] = MappingProxyType(
 
 _LEAST = 16
 """Rows or columns of a matrix unit's product."""
+PERSISTENT_SIZE = 128
+"""Rows of a persistent kernel's tile, and columns of each of its halves."""
 FP8_BLOCK = 128
 """Values of a sum that share a scale in 128 x 128 blocks, and columns."""
 
@@ -41,6 +43,9 @@ class GemmTile:
         tma: tiles are copied by the card's tensor memory accelerator, compute capability 9.0 and
             above; their descriptors cost the host some microseconds per call. MX and FP4 weights are
             loaded without it.
+        persistent: by the kernels of `typed_moe.kernels._triton_hopper`, whose tile is 128 rows and two
+            times 128 columns, where the card is of compute capability 9.0 and Triton has Gluon. Elsewhere
+            the tile is like any other.
     """
 
     block_n: int
@@ -49,6 +54,7 @@ class GemmTile:
     stages: int
     group_m: int = 1
     tma: bool = False
+    persistent: bool = False
 
 
 @final
@@ -77,8 +83,8 @@ class ExpertTile:
         return max(
             int(tile.stages * tile.block_k * (row * rows + weight * halves * tile.block_n))
             for tile, rows, halves in (
-                (self.first, self.block_m, 2 if gated else 1),
-                (self.second, self.second_rows, 1),
+                (self.first, self.block_m, 2 if gated or self.first.persistent else 1),
+                (self.second, self.second_rows, 2 if self.second.persistent else 1),
             )
         )
 
@@ -96,6 +102,13 @@ def tile_refusal(tile: ExpertTile, *, blocks: bool) -> str | None:
             f"the tile's second_block_m is {tile.second_rows}, and its block_m {tile.block_m}; "
             "allowed: a divisor"
         )
+    for gemm in gemms:
+        sizes = [tile.block_m, tile.second_rows, gemm.block_n]
+        if gemm.persistent and set(sizes) != {PERSISTENT_SIZE}:
+            return (
+                f"the tile is persistent with block_m {sizes[0]}, second_block_m {sizes[1]} and "
+                f"block_n {sizes[2]}; allowed: {PERSISTENT_SIZE} each"
+            )
     most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
     if blocks and most > FP8_BLOCK:
         return (
@@ -144,13 +157,25 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ),
             ),
             (
-                512,
+                192,
                 ExpertTile(
                     block_m=128,
                     first=GemmTile(
                         block_n=128, block_k=64, warps=8, stages=4, group_m=16, tma=True
                     ),
                     second=GemmTile(block_n=256, block_k=64, warps=8, stages=4, group_m=16),
+                ),
+            ),
+            (
+                512,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=16, tma=True
+                    ),
+                    second=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=8, persistent=True
+                    ),
                 ),
             ),
             (
@@ -161,7 +186,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                         block_n=128, block_k=64, warps=8, stages=3, group_m=16, tma=True
                     ),
                     second=GemmTile(
-                        block_n=256, block_k=64, warps=8, stages=3, group_m=16, tma=True
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=8, persistent=True
                     ),
                 ),
             ),
@@ -184,17 +209,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ),
             ),
             (
-                512,
-                ExpertTile(
-                    block_m=64,
-                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3, group_m=16),
-                    second=GemmTile(
-                        block_n=128, block_k=128, warps=4, stages=3, group_m=16, tma=True
-                    ),
-                ),
-            ),
-            (
-                2**31,
+                192,
                 ExpertTile(
                     block_m=128,
                     first=GemmTile(
@@ -204,6 +219,18 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                         block_n=128, block_k=128, warps=4, stages=3, group_m=16, tma=True
                     ),
                     second_block_m=64,
+                ),
+            ),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(
+                        block_n=128, block_k=128, warps=8, stages=4, group_m=16, persistent=True
+                    ),
+                    second=GemmTile(
+                        block_n=128, block_k=128, warps=8, stages=4, group_m=16, persistent=True
+                    ),
                 ),
             ),
         ),

@@ -16,7 +16,14 @@ from typing import Final, cast, final, get_args
 
 import attrs
 
-from typed_moe.kernels._expert_tiles import FP8_BLOCK, ExpertTile, GemmTile, Operand, Table
+from typed_moe.kernels._expert_tiles import (
+    FP8_BLOCK,
+    ExpertTile,
+    GemmTile,
+    Operand,
+    Table,
+    tile_refusal,
+)
 
 TILES_VARIABLE: Final = "TYPED_MOE_TILES"
 """The environment variable that names a file of `typed-moe tune`."""
@@ -35,6 +42,9 @@ _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "group_m": tuple(range(1, 65)),
     }
 )
+_SWITCHES = ("tma", "persistent")
+_PERSISTENT = ("bf16", "fp8")
+"""Operands that the persistent kernels multiply."""
 
 
 @final
@@ -145,21 +155,29 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
     if second is not None:
         fitting = tuple(one for one in _HEIGHTS if one <= height)
         second = _one_of(second, f"{where}.second_block_m", fitting)
-    return float(most), ExpertTile(
+    tile = ExpertTile(
         block_m=height,
         second_block_m=second,
         first=_gemm(operand, row["first"], f"{where}.first"),
         second=_gemm(operand, row["second"], f"{where}.second"),
     )
+    wrong = tile_refusal(tile, blocks=operand == "fp8")
+    if wrong is not None:
+        raise ValueError(f"{where}: {wrong}")
+    return float(most), tile
 
 
 def _gemm(operand: str, data: object, where: str) -> GemmTile:
-    gemm = _object(data, where, {*_SIZES, "tma"})
+    gemm = _object(data, where, {*_SIZES, *_SWITCHES})
     size = {
         name: _one_of(gemm[name], f"{where}.{name}", allowed) for name, allowed in _SIZES.items()
     }
-    if not isinstance(gemm["tma"], bool):
-        raise ValueError(f"{where}.tma is {gemm['tma']!r}; allowed: true and false")
+    switch = {name: _switch(gemm[name], f"{where}.{name}") for name in _SWITCHES}
+    if switch["persistent"] and operand not in _PERSISTENT:
+        allowed = " and ".join(_PERSISTENT)
+        raise ValueError(
+            f"{where}.persistent is true in {operand}; allowed: false, but in {allowed}"
+        )
     if operand == "fp8" and (size["block_k"] != FP8_BLOCK or size["block_n"] > FP8_BLOCK):
         raise ValueError(
             f"{where} has block_k {size['block_k']} and block_n {size['block_n']}; allowed in fp8: "
@@ -171,8 +189,15 @@ def _gemm(operand: str, data: object, where: str) -> GemmTile:
         warps=size["warps"],
         stages=size["stages"],
         group_m=size["group_m"],
-        tma=gemm["tma"],
+        tma=switch["tma"],
+        persistent=switch["persistent"],
     )
+
+
+def _switch(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r}; allowed: true and false")
+    return value
 
 
 def _object(data: object, where: str, names: set[str], *, extra: bool = False) -> dict[str, object]:

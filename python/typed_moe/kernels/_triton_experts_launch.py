@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from typed_moe.kernels import _triton_hopper_launch as hopper
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.kernels._experts_math import is_gated_type
@@ -169,6 +170,9 @@ def first(
     hidden_scale = None
     if fused == "group":
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
+    if hopper.takes(x, operands.first, gemm, operands, slots):
+        hopper.first(operands, slots, experts, tile, fused, hidden, hidden_scale)
+        return hidden, hidden_scale
     blocks = local.block_experts.shape[0]
     first_kernel[(blocks * ceil_div(width, gemm.block_n),)](
         _bytes(x, operands.fp8),
@@ -237,6 +241,9 @@ def second(
     hidden, hidden_scale = intermediate
     height, width = operands.second.shape[1], operands.width
     out = torch.empty((slots.ids.numel(), height), dtype=torch.bfloat16, device=hidden.device)
+    if hopper.takes(hidden, operands.second, gemm, operands, slots):
+        hopper.second(operands, slots, experts, tile, intermediate, out)
+        return out
     parts = tile.block_m // tile.second_rows
     blocks = local.block_experts.shape[0] * parts
     second_kernel[(blocks * ceil_div(height, gemm.block_n),)](
