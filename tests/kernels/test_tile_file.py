@@ -144,8 +144,9 @@ def _tile(data: Data) -> Data:
     return tile
 
 
-def _renamed(data: Data) -> None:
-    """The table of fp8 as one of fp4."""
+def _renamed(first: Data, data: Data) -> None:
+    """A persistent first product, in a table of fp4."""
+    first["persistent"] = True
     tables = data["tables"]
     assert isinstance(tables, dict)
     tables["fp4"] = tables.pop("fp8")
@@ -185,7 +186,7 @@ def _first(data: Data) -> Data:
             "is persistent with block_m 64, second_block_m 32 and block_n 128; allowed: 128 each",
         ),
         (
-            lambda data: _first(data).update(persistent=True) or _renamed(data),
+            lambda data: _renamed(_first(data), data),
             "fp4[0].first.persistent is true in fp4; allowed: false, but in bf16 and fp8",
         ),
         (

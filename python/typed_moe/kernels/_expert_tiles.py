@@ -226,10 +226,10 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ExpertTile(
                     block_m=128,
                     first=GemmTile(
-                        block_n=128, block_k=128, warps=8, stages=4, group_m=16, persistent=True
+                        block_n=128, block_k=128, warps=8, stages=4, group_m=8, persistent=True
                     ),
                     second=GemmTile(
-                        block_n=128, block_k=128, warps=8, stages=4, group_m=16, persistent=True
+                        block_n=128, block_k=128, warps=8, stages=4, group_m=8, persistent=True
                     ),
                 ),
             ),

@@ -114,7 +114,7 @@ def is_there(
         return tl.load(slots_ptr + row, mask=has_expert, other=num_slots) < num_slots
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots", "num_rows"])
 def quantize_kernel(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -122,29 +122,34 @@ def quantize_kernel(
     slots_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
     num_slots: tl.tensor,
+    num_rows: tl.tensor,
     x_stride: tl.tensor,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """GROUPS groups of 128 values of one row to float8_e4m3fn and their scales.
+    """GROUPS groups of 128 values of ROWS rows each to float8_e4m3fn and their scales.
 
-    BLOCK_M above 0: rows are places in blocks of so many, and those without a slot are left out.
+    BLOCK_M above 0: rows are places in blocks of so many, those without a slot are left out, and ROWS is 1.
     """
     follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    if not is_there(row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
+    first_row = tl.program_id(0) * ROWS
+    if not is_there(first_row, slots_ptr, block_experts_ptr, num_slots, BLOCK_M):
         return
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    one = tl.arange(0, ROWS * GROUPS)
+    row = (first_row + one // GROUPS).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + one % GROUPS
+    inside = (row < num_rows) & (group < H // 128)
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = at < H
-    x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+    x_at = x_ptr + row[:, None] * x_stride + at
+    x = tl.load(x_at, mask=inside[:, None], other=0.0).to(tl.float32)
     scale = group_scale(x)
     quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-    tl.store(out_ptr + row * H + at, to_e4m3(quotient, DEVICE), mask=mask)
-    tl.store(scale_ptr + row * (H // 128) + group, scale, mask=group < H // 128)
+    tl.store(out_ptr + row[:, None] * H + at, to_e4m3(quotient, DEVICE), mask=inside[:, None])
+    tl.store(scale_ptr + row * (H // 128) + group, scale, mask=inside)
 
 
 @triton.jit

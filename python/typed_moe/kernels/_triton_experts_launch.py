@@ -76,18 +76,21 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
     scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
     if rows == 0:
         return data, scale
-    together = 8
+    # Loads of two rows in flight; places are looked up one by one.
+    together, high = 8, 2 if slots is None else 1
     with on_device(x.device):
-        quantize_kernel[(rows, ceil_div(groups, together))](
+        quantize_kernel[(ceil_div(rows, high), ceil_div(groups, together))](
             x,
             data,
             scale,
             x if slots is None else slots.sorted.slots,
             x if slots is None else slots.sorted.block_experts,
             0 if slots is None else slots.ids.numel(),
+            rows,
             x.stride(0),
             H=width,
             GROUPS=together,
+            ROWS=high,
             BLOCK_M=0 if slots is None else slots.sorted.block_size,
             DEVICE=not INTERPRETED,
             num_warps=4,

@@ -159,15 +159,6 @@ def pinned(total: gl.tensor) -> gl.tensor:
 
 
 @gluon.jit
-def give_turn(
-    turn: gl.shared_memory_descriptor, number: int, HALF: gl.constexpr, AHEAD: gl.constexpr
-) -> None:
-    """When the upper half begins its step AHEAD of a tile, the lower half may begin its first."""
-    if AHEAD > 0 and HALF == 0:
-        mbarrier.arrive(turn, count=1, pred=number == AHEAD)
-
-
-@gluon.jit
 def promoted_sums(
     x_scale_at: gl.tensor,
     x_scale_group: gl.tensor,
@@ -177,12 +168,10 @@ def promoted_sums(
     w_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    turn: gl.shared_memory_descriptor,
     first_step: gl.tensor,
     HALF: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     SCALED: gl.constexpr,
     mma: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
@@ -203,7 +192,6 @@ def promoted_sums(
         next_left = setting(left_scale_at + after, 1.0, SCALED)
         next_right = setting(right_scale_at + after, 1.0, SCALED)
         mbarrier.wait(full.index(stage), phase)
-        give_turn(turn, number, HALF, AHEAD)
         x = x_ring.index(stage * 2 + HALF)
         weights = w_ring.index(stage * 2).permute((1, 0))
         part = warpgroup_mma(x, weights, nothing, use_acc=False)
@@ -226,12 +214,10 @@ def sums(
     w_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    turn: gl.shared_memory_descriptor,
     first_step: gl.tensor,
     HALF: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     mma: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
     """Both sums in bfloat16, a step's products started before those of the step before it have ended."""
@@ -241,7 +227,6 @@ def sums(
         step = first_step + number
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        give_turn(turn, number, HALF, AHEAD)
         x = x_ring.index(stage * 2 + HALF)
         weights = w_ring.index(stage * 2).permute((1, 0))
         left = warpgroup_mma(x, weights, left, is_async=True)
@@ -374,7 +359,6 @@ def both_sums(
     w_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    turn: gl.shared_memory_descriptor,
     first_step: gl.tensor,
     HALF: gl.constexpr,
     SLOTS: gl.constexpr,
@@ -383,7 +367,6 @@ def both_sums(
     APART: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     GATHER: gl.constexpr,
     FP8: gl.constexpr,
     SCALED: gl.constexpr,
@@ -409,17 +392,15 @@ def both_sums(
             w_ring,
             full,
             empty,
-            turn,
             first_step,
             HALF,
             STEPS,
             STAGES,
-            AHEAD,
             SCALED,
             mma,
         )
     else:
-        return sums(x_ring, w_ring, full, empty, turn, first_step, HALF, STEPS, STAGES, AHEAD, mma)
+        return sums(x_ring, w_ring, full, empty, first_step, HALF, STEPS, STAGES, mma)
 
 
 @gluon.jit
@@ -463,7 +444,6 @@ def multiply(
     w_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    turn: gl.shared_memory_descriptor,
     HALF: gl.constexpr,
     SLOTS: gl.constexpr,
     K: gl.constexpr,
@@ -475,7 +455,6 @@ def multiply(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
-    AHEAD: gl.constexpr,
     KIND: gl.constexpr,
     GATHER: gl.constexpr,
     FP8: gl.constexpr,
@@ -494,11 +473,10 @@ def multiply(
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
     num_tiles = num_blocks * TILES
     first_step = gl.to_tensor(0)
-    parity = gl.to_tensor(0)
-    # As many as there are: where there is none the loop does not begin.
+    # A program without a tile, and a call without a block, read the first one for nothing.
     tile = gl.maximum(gl.minimum(gl.program_id(0), num_tiles - 1), 0)
     column, place, expert, first_slot, slot = places_of(
-        slots_ptr, block_experts_ptr, tile, num_blocks, row, HALF, TILES, GROUP_M
+        slots_ptr, block_experts_ptr, tile, gl.maximum(num_blocks, 1), row, HALF, TILES, GROUP_M
     )
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):  # type: ignore[call-overload]
         # Whose the next tile is, and its slots, are read while this one's products run.
@@ -506,9 +484,6 @@ def multiply(
         next_column, next_place, next_expert, next_first_slot, next_slot = places_of(
             slots_ptr, block_experts_ptr, after, num_blocks, row, HALF, TILES, GROUP_M
         )
-        if AHEAD > 0 and HALF == 1:
-            mbarrier.wait(turn, parity)
-            parity ^= 1
         # Slots stand first in their block: the lower half may have none.
         if first_slot < num_slots:
             used = slot < num_slots
@@ -526,7 +501,6 @@ def multiply(
                 w_ring,
                 full,
                 empty,
-                turn,
                 first_step,
                 HALF,
                 SLOTS,
@@ -535,7 +509,6 @@ def multiply(
                 APART,
                 TILE,
                 STAGES,
-                AHEAD,
                 GATHER,
                 FP8,
                 SCALED,
@@ -628,7 +601,6 @@ def product_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
-    AHEAD: gl.constexpr,
     KIND: gl.constexpr,
     GATHER: gl.constexpr,
     FP8: gl.constexpr,
@@ -655,8 +627,6 @@ def product_kernel(
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(turn, count=1)
     for stage in gl.static_range(STAGES):
         # The one that expects bytes; and, where x's rows are gathered, every thread that does.
         mbarrier.init(full.index(stage), count=1 + _THREADS if GATHER else 1)
@@ -721,7 +691,6 @@ def product_kernel(
                     w_ring,
                     full,
                     empty,
-                    turn,
                     0,
                     SLOTS,
                     K,
@@ -733,7 +702,6 @@ def product_kernel(
                     BLOCK_K,
                     STAGES,
                     GROUP_M,
-                    AHEAD,
                     KIND,
                     GATHER,
                     FP8,
@@ -771,7 +739,6 @@ def product_kernel(
                     w_ring,
                     full,
                     empty,
-                    turn,
                     1,
                     SLOTS,
                     K,
@@ -783,7 +750,6 @@ def product_kernel(
                     BLOCK_K,
                     STAGES,
                     GROUP_M,
-                    AHEAD,
                     KIND,
                     GATHER,
                     FP8,

@@ -30,9 +30,6 @@ _HOPPER: Final = (9, 0)
 _STEP_BYTES: Final = 128
 """Of a row, per step of the sum: what the copies lay out for the matrix units."""
 _HALF, _PLACES = 128, 128
-_AHEAD: Final = 2
-"""Steps by which one multiplying warpgroup is ahead of the other, so that one multiplies while the other
-writes. Where a sum has fewer steps than the ring stages, one could be ahead by two tiles, and wait forever."""
 _ALIGNED: Final = 16
 
 
@@ -206,7 +203,6 @@ def _product(
         BLOCK_K=gemm.block_k,
         STAGES=gemm.stages,
         GROUP_M=gemm.group_m,
-        AHEAD=_AHEAD if weights.shape[2] // gemm.block_k >= gemm.stages > _AHEAD else 0,
         KIND=kind,
         GATHER=is_first,
         FP8=weights.dtype is torch.float8_e4m3fn,

@@ -5,14 +5,15 @@ from triton import JITFunction
 from triton.language import PropagateNan
 from triton.language import constexpr as constexpr
 from triton.language import dtype as dtype
+from triton.language import static_range as static_range
 from triton.language import tensor as tensor
 
 _Value: TypeAlias = tensor | constexpr | int | float
 _Shape: TypeAlias = Sequence[int | constexpr]
 
-class DistributedLayout: ...
+class _DistributedLayout: ...
 
-class BlockedLayout(DistributedLayout):
+class BlockedLayout(_DistributedLayout):
     def __init__(
         self,
         size_per_thread: Sequence[int | constexpr],
@@ -22,10 +23,10 @@ class BlockedLayout(DistributedLayout):
         cga_layout: Sequence[Sequence[int]] = ...,
     ) -> None: ...
 
-class SliceLayout(DistributedLayout):
-    def __init__(self, dim: int, parent: DistributedLayout | constexpr) -> None: ...
+class SliceLayout(_DistributedLayout):
+    def __init__(self, dim: int, parent: _DistributedLayout | constexpr) -> None: ...
 
-class NVMMADistributedLayout(DistributedLayout):
+class NVMMADistributedLayout(_DistributedLayout):
     def __init__(
         self,
         version: Sequence[int],
@@ -57,26 +58,45 @@ float8e4nv: dtype
 
 def program_id(axis: int) -> tensor: ...
 def num_programs(axis: int) -> tensor: ...
-def arange(start: int, end: int | constexpr, layout: DistributedLayout | None = None) -> tensor: ...
+def arange(
+    start: int, end: int | constexpr, layout: _DistributedLayout | None = None
+) -> tensor: ...
 def full(shape: _Shape, value: float, dtype: dtype, layout: object = None) -> tensor: ...
 def zeros(
-    shape: _Shape, dtype: dtype, layout: DistributedLayout | constexpr | None = None
+    shape: _Shape, dtype: dtype, layout: _DistributedLayout | constexpr | None = None
 ) -> tensor: ...
 def load(
-    pointer: tensor, mask: tensor | None = None, other: tensor | float | None = None
+    pointer: tensor,
+    mask: tensor | None = None,
+    other: tensor | float | None = None,
+    boundary_check: tuple[int, ...] = (),
+    padding_option: str = "",
+    cache_modifier: str = "",
+    eviction_policy: str = "",
+    volatile: bool = False,
 ) -> tensor: ...
-def store(pointer: tensor, value: tensor, mask: tensor | None = None) -> None: ...
+def store(
+    pointer: tensor,
+    value: tensor,
+    mask: tensor | None = None,
+    boundary_check: tuple[int, ...] = (),
+    cache_modifier: str = "",
+    eviction_policy: str = "",
+) -> None: ...
 def where(condition: tensor, x: _Value, y: _Value) -> tensor: ...
 def maximum(x: _Value, y: _Value, propagate_nan: PropagateNan = ...) -> tensor: ...
 def minimum(x: _Value, y: _Value, propagate_nan: PropagateNan = ...) -> tensor: ...
 def abs(x: tensor) -> tensor: ...
 def exp2(x: tensor) -> tensor: ...
 def reduce(
-    input: tensor, axis: int, combine_fn: JITFunction[[tensor, tensor], tensor]
+    input: tensor,
+    axis: int,
+    combine_fn: JITFunction[[tensor, tensor], tensor],
+    keep_dims: bool = False,
 ) -> tensor: ...
 def to_tensor(x: _Value) -> tensor: ...
 def convert_layout(
-    value: tensor, layout: DistributedLayout | constexpr, assert_trivial: bool = False
+    value: tensor, layout: _DistributedLayout | constexpr, assert_trivial: bool = False
 ) -> tensor: ...
 def inline_asm_elementwise(
     asm: str,
@@ -89,7 +109,6 @@ def inline_asm_elementwise(
 def allocate_shared_memory(
     element_ty: dtype, shape: _Shape, layout: object, value: tensor | None = None
 ) -> shared_memory_descriptor: ...
-def static_range(end: int | constexpr) -> range: ...
 def warp_specialize(
     functions_and_args: Sequence[tuple[object, tuple[object, ...]]],
     worker_num_warps: Sequence[int],
