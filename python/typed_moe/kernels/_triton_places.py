@@ -1,8 +1,8 @@
 """Triton: what stands around grouped products that a library computes on rows in the order of places.
 
 Rows come sorted by expert (`typed_moe.kernels._slots`), each expert's on whole blocks. A library
-multiplies them with its expert's weights; before, between and after stand a gather, the activation and
-the weighted sum. A place without a slot is left as it is: what a library computes of it is not read.
+multiplies them with its expert's weights; before, between and after stand the copies of the tokens' rows,
+the activation and the weighted sum. A place without a slot is left as it is: what a library computes of it is not read.
 
 Importing this needs Triton; see `typed_moe.kernels.deep_gemm`.
 """
@@ -18,10 +18,8 @@ from typed_moe.kernels._triton_slots import follow
 
 
 @triton.jit(do_not_specialize=["num_slots", "places"])
-def gather_kernel(
-    x_ptr: tl.tensor,
+def mark_kernel(
     x_scale_ptr: tl.tensor,
-    out_ptr: tl.tensor,
     out_scale_ptr: tl.tensor,
     group_ptr: tl.tensor,
     place_ptr: tl.tensor,
@@ -29,7 +27,6 @@ def gather_kernel(
     block_experts_ptr: tl.tensor,
     num_slots: tl.tensor,
     places: tl.tensor,
-    x_stride: tl.tensor,
     x_scale_token: tl.tensor,
     x_scale_group: tl.tensor,
     SLOTS: tl.constexpr,
@@ -38,10 +35,9 @@ def gather_kernel(
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """ROWS places: their tokens' rows, whose they are, and which place a slot has.
+    """ROWS places: whose they are, and which place a slot has.
 
     `group`: the expert, -1 for a place without a slot. `place`: by slot; of local experts' slots alone.
     SCALED: also x's scales, (H / 128, places), places side by side; GROUPS is H / 128 and above.
@@ -57,19 +53,41 @@ def gather_kernel(
     used = slot < num_slots
     tl.store(group_ptr + place, tl.where(used, expert, -1))
     tl.store(place_ptr + slot, place, mask=used)
-    token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
-    row = place.to(tl.int64)
-    for start in range(0, H, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        mask = used[:, None] & (n < H)[None, :]
-        x = tl.load(x_ptr + token[:, None] * x_stride + n[None, :], mask=mask)
-        tl.store(out_ptr + row[:, None] * H + n[None, :], x, mask=mask)
     if SCALED:
+        token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
         group = tl.arange(0, GROUPS).to(tl.int64)
         mask = used[:, None] & (group < H // 128)[None, :]
         at = token[:, None] * x_scale_token + group[None, :] * x_scale_group
         scale = tl.load(x_scale_ptr + at, mask=mask)
-        tl.store(out_scale_ptr + group[None, :] * places + row[:, None], scale, mask=mask)
+        tl.store(out_scale_ptr + group[None, :] * places + place[:, None], scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_local", "num_local"])
+def spread_kernel(
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    x_stride: tl.tensor,
+    H: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """A part of one token's row, read once, to the places of its slots."""
+    follow(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token * x_stride + n, mask=n < H)
+    for one in range(SLOTS):
+        slot = token * SLOTS + one
+        mine = tl.load(ids_ptr + slot) - first_local
+        # Of another rank's slot no place was written.
+        if (mine >= 0) & (mine < num_local):
+            place = tl.load(place_ptr + slot).to(tl.int64)
+            tl.store(out_ptr + place * H + n, x, mask=n < H)
 
 
 @triton.jit(do_not_specialize=["num_slots", "places"])

@@ -15,12 +15,19 @@ from typed_moe.kernels._expert_operands import Slots
 from typed_moe.kernels._experts_math import is_gated_type
 from typed_moe.kernels._fused_rules import ceil_div, power_of_two
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
-from typed_moe.kernels._triton_places import activate_kernel, combine_places_kernel, gather_kernel
+from typed_moe.kernels._triton_places import (
+    activate_kernel,
+    combine_places_kernel,
+    mark_kernel,
+    spread_kernel,
+)
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
 _ROWS = 8
 """Places of a program: their scales stand side by side, 32 bytes together."""
+_BYTES = 2048
+"""Of a row, copied by one program: 16 for a thread."""
 
 
 @final
@@ -50,28 +57,40 @@ def gather(x: Tensor, scale: Tensor | None, slots: Slots) -> Places:
     group = torch.empty((places,), dtype=torch.int32, device=x.device)
     place = torch.empty(slots.ids.shape, dtype=torch.int32, device=x.device)
     moved = None if scale is None else _scales(places, width, x.device)
+    count = slots.ids.shape[1]
     with on_device(x.device):
-        gather_kernel[(places // _ROWS,)](
-            x.view(torch.uint8) if x.itemsize == 1 else x,
+        mark_kernel[(places // _ROWS,)](
             x if scale is None else scale,
-            rows.view(torch.uint8) if x.itemsize == 1 else rows,
-            rows if moved is None else moved,
+            x if moved is None else moved,
             group,
             place,
             local.slots,
             local.block_experts,
             slots.ids.numel(),
             places,
-            x.stride(0),
             0 if scale is None else scale.stride(1),
             0 if scale is None else scale.stride(0),
-            SLOTS=slots.ids.shape[1],
+            SLOTS=count,
             H=width,
             SCALED=scale is not None,
             GROUPS=power_of_two(max(1, width // _GROUP)),
             BLOCK_M=local.block_size,
             ROWS=_ROWS,
-            BLOCK=min(2048 // x.itemsize, power_of_two(width)),
+            num_warps=4,
+            **follows(x.device),
+        )
+        block = min(_BYTES // x.itemsize, power_of_two(width))
+        spread_kernel[(x.shape[0], ceil_div(width, block))](
+            x.view(torch.uint8) if x.itemsize == 1 else x,
+            rows.view(torch.uint8) if x.itemsize == 1 else rows,
+            place,
+            slots.ids,
+            local.first_local,
+            local.counts.shape[0],
+            x.stride(0),
+            H=width,
+            SLOTS=count,
+            BLOCK=block,
             num_warps=4,
             **follows(x.device),
         )

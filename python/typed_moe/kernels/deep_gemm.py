@@ -2,7 +2,7 @@
 
 Routing, sort, gather, activation, quantisation and sum are this package's launches; the two products are
 the library's: `m_grouped_fp8_gemm_nt_contiguous` for blocks of 128 x 128, and
-`m_grouped_bf16_gemm_nt_contiguous`. Nine or ten launches for a layer from logits in FP8, without a host
+`m_grouped_bf16_gemm_nt_contiguous`. Eight to ten launches for a layer from logits, without a host
 synchronisation and without atomics. DeepGEMM compiles its kernels at the first call of a size.
 
 Source: https://github.com/deepseek-ai/DeepGEMM, csrc/apis/gemm.hpp; SGLang's branch is sgl-deep-gemm.
