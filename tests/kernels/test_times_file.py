@@ -15,8 +15,7 @@ from typed_moe.cli._bench_layer import Block, Cell
 from typed_moe.cli._bench_layer_report import layer_json
 from typed_moe.cli._bench_shapes import chosen_shapes
 from typed_moe.kernels import _times_file
-from typed_moe.kernels._measured import MEASURED
-from typed_moe.kernels._times_file import measured_layers, read_times_file
+from typed_moe.kernels._times_file import BUILT_IN, built_in, measured_layers, read_times_file
 
 CPU = torch.device("cpu")
 CARD = Card(bytes_per_second=2e12, bf16_flops=5e14, fp8_flops=1e15, fp8_source="told", width=64)
@@ -95,20 +94,18 @@ def test_what_the_bench_writes_is_read(written: Callable[[object], Path]) -> Non
         512: {"triton": 100.0, "deep_gemm": 90.0},
         4096: {"triton": 800.0, "deep_gemm": 600.0},
     }
-    assert layer.source == (
-        f"sgl-deep-gemm 0.1.5, {made['date']}, typed-moe bench layer --kernel triton"
-    )
+    assert layer.source == f"sgl-deep-gemm 0.1.5, {made['date']}"
 
 
 def test_the_variable_names_it(
     written: Callable[[object], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the built-in times; and only on the card that it was measured on."""
-    assert measured_layers("any card") is MEASURED
+    assert measured_layers("any card") == built_in()
     path = written(report(*cells()))
     monkeypatch.setenv("TYPED_MOE_TIMES", str(path))
     (layer,) = read_times_file(path)
-    assert measured_layers(layer.card) == (layer, *MEASURED)
+    assert measured_layers(layer.card) == (layer, *built_in())
     with pytest.raises(ValueError, match=rf"was measured on {layer.card}, and this card is other"):
         measured_layers("other")
 
@@ -154,3 +151,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """Nor is a misspelt name taken for no file."""
     with pytest.raises(ValueError, match=r"gone\.json cannot be read as JSON"):
         read_times_file(tmp_path / "gone.json")
+
+
+def test_the_shipped_reports_are_read(
+    written: Callable[[object], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, and no layer of one card, format and widths twice: the first one would hide the other."""
+    found = [
+        (layer.card, layer.format, layer.hidden_size, layer.intermediate_size)
+        for file in BUILT_IN.glob("*.json")
+        for layer in read_times_file(file)
+    ]
+    assert len(found) == len(set(found)) == len(built_in())
+    # The folder is what is read: another one's report is another choice.
+    monkeypatch.setattr(_times_file, "BUILT_IN", written(report(*cells())).parent)
+    built_in.cache_clear()
+    try:
+        assert [layer.model for layer in built_in()] == ["qwen3-30b-a3b"]
+    finally:
+        built_in.cache_clear()

@@ -1,7 +1,7 @@
 """Which library's kernel is faster where, as data: whole layers timed on one card, by kernel.
 
-What is here was measured by the command that its `source` names; a file of `typed-moe bench layer
---json` that TYPED_MOE_TIMES names stands before it. Where nothing was measured the Triton kernels run.
+The times are reports of `typed-moe bench layer` (`typed_moe.kernels._times_file`): the file that
+TYPED_MOE_TIMES names, then the built-in ones. Where nothing was measured the Triton kernels run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MeasuredLayer:
         model: what was measured.
         num_experts, top_k, hidden_size, intermediate_size: of one rank.
         microseconds: of a whole layer in a CUDA graph, by T, then by kernel.
-        source: versions, date and command.
+        source: the library's version, and the date.
     """
 
     card: str
@@ -59,10 +59,6 @@ class Choice:
     kernel: str
     least_rows: float
     why: str
-
-
-MEASURED: tuple[MeasuredLayer, ...] = ()
-"""Built in."""
 
 
 def choose(

@@ -1,7 +1,8 @@
-"""Times that `typed-moe bench layer --json` measured on this machine's card, before the built-in ones.
+"""Times that `typed-moe bench layer --json` measured: this machine's, then the built-in ones.
 
-`TYPED_MOE_TIMES` names the file. It is read once per process, and refused as a whole where anything in
-it that is read is wrong.
+`TYPED_MOE_TIMES` names this machine's file. It is read once per process, and refused as a whole where
+anything in it that is read is wrong. The built-in ones are such reports too, as they were written, in
+`typed_moe/kernels/times`: a new measurement is a new file there, or takes an old one's place.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from typed_moe.kernels._measured import MEASURED, OURS, PROVIDERS, MeasuredLayer
+from typed_moe.kernels._measured import OURS, PROVIDERS, MeasuredLayer
 
 TIMES_VARIABLE: Final = "TYPED_MOE_TIMES"
 """The environment variable that names a file of `typed-moe bench layer --json`."""
+BUILT_IN: Final = Path(__file__).parent / "times"
+"""The folder of the reports that are shipped."""
 _SIZES = ("num_experts", "top_k", "hidden_size", "intermediate_size")
 
 
@@ -28,14 +31,21 @@ def measured_layers(card: str) -> tuple[MeasuredLayer, ...]:
     """
     path = os.environ.get(TIMES_VARIABLE)
     if not path:
-        return MEASURED
+        return built_in()
     own = _read(path)
     if own[0].card != card:
         raise ValueError(
             f"{TIMES_VARIABLE}={path} was measured on {own[0].card}, and this card is {card}; run "
             "typed-moe bench layer here, or unset the variable for the built-in times"
         )
-    return (*own, *MEASURED)
+    return (*own, *built_in())
+
+
+@cache
+def built_in() -> tuple[MeasuredLayer, ...]:
+    """Of every report that is shipped, by the files' names."""
+    files = sorted(BUILT_IN.glob("*.json"))
+    return tuple(layer for file in files for layer in read_times_file(file))
 
 
 @cache
@@ -72,7 +82,7 @@ def read_times_file(path: Path) -> tuple[MeasuredLayer, ...]:
 def _layers(report: Mapping[str, object]) -> Iterator[MeasuredLayer]:
     machine = _object(_of(report, "machine", "the file"), "machine")
     card = _text(machine, "device_name", "machine")
-    source = f"{_text(report, 'date', 'the file')}, {_text(report, 'command', 'the file')}"
+    date = _text(report, "date", "the file")
     rows = [_object(one, "a row") for one in _list(report, "rows")]
     for one in _list(report, "blocks"):
         block = _object(one, "a block")
@@ -89,7 +99,7 @@ def _layers(report: Mapping[str, object]) -> Iterator[MeasuredLayer]:
             format=name,
             model=model,
             microseconds=times,
-            source=versions + source,
+            source=versions + date,
             **sizes,
         )
 
