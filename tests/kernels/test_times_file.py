@@ -10,6 +10,7 @@ import attrs
 import pytest
 import torch
 
+from tests.cli.calls import items
 from typed_moe.cli._bench_card import Card, Floor
 from typed_moe.cli._bench_layer import Block, Cell
 from typed_moe.cli._bench_layer_report import layer_json
@@ -110,9 +111,17 @@ def test_the_variable_names_it(
         measured_layers("other")
 
 
-def _bent(change: Callable[[dict[str, list[dict[str, object]]]], object]) -> object:
+def without(name: str) -> dict[str, object]:
+    """A report that lacks something."""
     made = report(*cells())
-    change(made)  # type: ignore[arg-type]
+    del made[name]
+    return made
+
+
+def bent(place: str, name: str, value: object) -> dict[str, object]:
+    """A report with another value in the first of its blocks or rows."""
+    made = report(*cells())
+    items(made, place)[0][name] = value
     return made
 
 
@@ -121,18 +130,18 @@ def _bent(change: Callable[[dict[str, list[dict[str, object]]]], object]) -> obj
     [
         ([], "the file is a JSON list; allowed: an object"),
         ({}, "the file lacks 'machine'"),
-        (_bent(lambda made: made.pop("date")), "the file lacks 'date'"),
-        (_bent(lambda made: made.update(rows={})), "rows is a JSON dict; allowed: a list"),  # type: ignore[arg-type]
+        (without("date"), "the file lacks 'date'"),
+        ({**report(*cells()), "rows": {}}, "rows is a JSON dict; allowed: a list"),
         (
-            _bent(lambda made: made["blocks"][0].update(top_k=0)),
+            bent("blocks", "top_k", 0),
             "a block's top_k is 0; allowed: a whole number from 1 on",
         ),
         (
-            _bent(lambda made: made["rows"][0].update(graph_us=-1.0)),
+            bent("rows", "graph_us", -1.0),
             "graph_us is -1.0; allowed: microseconds above 0, or null",
         ),
         (
-            _bent(lambda made: made["rows"][0].update(graph_us=True)),
+            bent("rows", "graph_us", True),
             "graph_us is True; allowed: microseconds above 0, or null",
         ),
         (report(CELL), "has no time of triton beside one of deep_gemm; they are timed by"),

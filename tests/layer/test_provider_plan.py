@@ -6,8 +6,6 @@ products in Triton's interpreter, `tests/gpu/test_deep_gemm.py` all of it on a c
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import attrs
 import pytest
 import torch
@@ -69,9 +67,9 @@ REQUEST = KernelRequest(
 )
 
 
-def measured(times: dict[int, tuple[float, float]], **changes: object) -> MeasuredLayer:
+def measured(times: dict[int, tuple[float, float]]) -> MeasuredLayer:
     """Microseconds by T: of the Triton kernels, and of DeepGEMM's."""
-    layer = MeasuredLayer(
+    return MeasuredLayer(
         card=CARD,
         format="fp8_block",
         model="a-model",
@@ -85,7 +83,6 @@ def measured(times: dict[int, tuple[float, float]], **changes: object) -> Measur
         },
         source="sgl-deep-gemm 0.1.5, 2026-11-23",
     )
-    return attrs.evolve(layer, **changes)
 
 
 FASTER_FROM_512 = measured({64: (50, 90), 512: (100, 90), 4096: (800, 600)})
@@ -130,19 +127,20 @@ def test_where_it_is_not_faster(times: dict[int, tuple[float, float]], said: str
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "layer",
     [
-        {"card": "NVIDIA H200"},
-        {"format": "bf16"},
-        {"hidden_size": 2048},
-        {"intermediate_size": 1024},
-        {"microseconds": MappingProxyType({512: {"triton": 100.0}, 4096: {"deep_gemm": 1.0}})},
+        attrs.evolve(FASTER_FROM_512, card="NVIDIA H200"),
+        attrs.evolve(FASTER_FROM_512, format="bf16"),
+        attrs.evolve(FASTER_FROM_512, hidden_size=2048),
+        attrs.evolve(FASTER_FROM_512, intermediate_size=1024),
+        attrs.evolve(
+            FASTER_FROM_512, microseconds={512: {"triton": 100.0}, 4096: {"deep_gemm": 1.0}}
+        ),
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=["card", "format", "hidden_size", "intermediate_size", "one kernel alone"],
 )
-def test_where_nothing_was_measured(changes: dict[str, object]) -> None:
+def test_where_nothing_was_measured(layer: MeasuredLayer) -> None:
     """Another card, format or width; or no size with both kernels."""
-    layer = attrs.evolve(FASTER_FROM_512, **changes)
     assert choose("deep_gemm", REQUEST, (layer,), CARD) is None
 
 
@@ -273,30 +271,39 @@ def test_it_is_asked_for_by_name() -> None:
 
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("request_", "reason"),
     [
         (
-            {"quant": MxFp4()},
+            attrs.evolve(REQUEST, quant=MxFp4()),
             "multiplies bf16, unquantized, fp8_block; this layer's format is mxfp4",
         ),
-        ({"quant": Unquantized(), "dtype": torch.float16}, "this layer's are torch.float16"),
-        ({"has_bias": True}, "adds no expert biases; this layer has them"),
-        ({"intermediate_size": 192}, "multiples of 128 in the format fp8_block; this layer has"),
         (
-            {"quant": Bf16(), "hidden_size": 1000},
-            "multiples of 64 in the format bf16; this layer has",
+            attrs.evolve(REQUEST, quant=Unquantized(), dtype=torch.float16),
+            "this layer's are torch.float16; pass dtype=torch.bfloat16",
         ),
-        ({"placement": Placement(tp_size=8)}, "on this rank, intermediate_size 64"),
+        (attrs.evolve(REQUEST, has_bias=True), "adds no expert biases; this layer has them"),
         (
-            {"num_fused_shared_experts": 1, "placement": Placement(ep_size=2)},
+            attrs.evolve(REQUEST, intermediate_size=192),
+            "multiples of 128 in the format fp8_block; this layer has hidden_size 1024 and, on",
+        ),
+        (
+            attrs.evolve(REQUEST, quant=Bf16(), hidden_size=1000),
+            "multiples of 64 in the format bf16; this layer has hidden_size 1000",
+        ),
+        (
+            attrs.evolve(REQUEST, placement=Placement(tp_size=8)),
+            "on this rank, intermediate_size 64",
+        ),
+        (
+            attrs.evolve(REQUEST, num_fused_shared_experts=1, placement=Placement(ep_size=2)),
             "added once per rank; run them unfused",
         ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=["format", "dtype", "bias", "width", "bf16 width", "shard", "shared"],
 )
-def test_refusals(changes: dict[str, object], reason: str) -> None:
+def test_refusals(request_: KernelRequest, reason: str) -> None:
     """When the layer is made, with the numbers."""
-    refused = DeepGemmKernel().rules(attrs.evolve(REQUEST, **changes))
+    refused = DeepGemmKernel().rules(request_)
     assert isinstance(refused, Refused)
     assert reason in refused.reason
 

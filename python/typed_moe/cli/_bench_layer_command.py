@@ -62,7 +62,7 @@ def run_bench_layer(options: LayerOptions, steps: Steps, console: Console) -> bo
         print_block(block, console)
         # After each: a run that is cut short leaves what it measured.
         _write(options, card, clocks, blocks)
-    ours = {side.name for side in named if isinstance(side, Ours)}
+    ours = {Ours().name, *options.kernels}
     return not any(
         cell.side in ours and cell.state in {"wrong", "failed"}
         for block in blocks
