@@ -113,6 +113,7 @@ def load(
                 w_tiles, [row + APART, start], ready, w_ring.index(stage * 2 + 1)
             )
             if GATHER:
+                # As in Triton's own pipelines, no fence stands between these copies and the matrix units.
                 async_copy.async_copy_global_to_shared(x_ring.index(stage * 2), upper_at + start)
                 async_copy.async_copy_global_to_shared(
                     x_ring.index(stage * 2 + 1), lower_at + start
@@ -150,8 +151,8 @@ def row_scales(at: gl.tensor, SCALED: gl.constexpr) -> gl.tensor:
 def pinned(total: gl.tensor) -> gl.tensor:
     """The same values; nothing that makes them is moved behind this.
 
-    Otherwise the compiler brings one product's sum to float32 while the next one is under way, in registers
-    that there are not.
+    Otherwise the compiler brings one product's sum to float32 while the next one is under way, and that takes
+    more registers than there are.
     """
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [total], dtype=gl.float32, is_pure=False, pack=1
@@ -242,7 +243,7 @@ def sums(
 
 @gluon.jit
 def swish(x: gl.tensor, alpha: gl.tensor) -> gl.tensor:
-    """x * sigmoid(alpha * x), by the card's exponential and reciprocal, good to some 2^-21."""
+    """x * sigmoid(alpha * x), by the card's approximate exponential and reciprocal."""
     power = gl.exp2(x * (alpha * -_LOG2_E))
     return x * gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], dtype=gl.float32, is_pure=True, pack=1

@@ -37,7 +37,7 @@ def takes(x: Tensor, weights: Tensor, gemm: GemmTile, operands: Operands, slots:
     """Whether the kernel runs this product: asked for by the tile, on a Hopper, in whole steps."""
     if not gemm.persistent or operands.group or operands.fp8 == "bits" or not _runs(x.device):
         return False
-    if slots.sorted.block_size != _PLACES:
+    if slots.sorted.block_size != _PLACES or x.shape[0] == 0:
         return False
     step = gemm.block_k * weights.element_size()
     aligned = x.data_ptr() % _ALIGNED == 0 and weights.data_ptr() % _ALIGNED == 0
