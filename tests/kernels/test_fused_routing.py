@@ -113,18 +113,17 @@ def test_slots(case: Case, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("scan", [1, 2**30], ids=["added up between", "by every program"])
-@pytest.mark.parametrize("programs", [128, 4])
-def test_slots_of_many_chunks(scan: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 16, 32])
+def test_slots_of_many_chunks(scan: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More chunks than are added up at a time; experts that no token chose; other ranks' experts."""
     from typed_moe.kernels import _triton_launch as launch
 
-    monkeypatch.setattr(launch, "_SCANNED_CHUNKS", 4)
-    monkeypatch.setattr(launch, "_SCANNED_EXPERTS", 8)
+    monkeypatch.setattr(launch, "_SCANNED_CHUNKS", 2)
     shape = RoutingShape(num_experts=24, top_k=3)
     fused = fused_routing(Renormalize(), shape=shape, device=torch.device("cpu"))
     assert isinstance(fused, FusedRouting)
-    tile = launch.Tile(rows=2, warps=2, whole=0, scan=scan, place_programs=programs)
-    logits = torch.randn(37, 24)
+    tile = launch.Tile(rows=rows, warps=1, whole=0, scan=scan, place_slots=32, filled=2)
+    logits = torch.randn(101, 24)
     logits[:, 5] = -9.0
     for first, count in ((0, 24), (3, 11)):
         request = SortRequest(first_local=first, num_local=count, block_size=4)

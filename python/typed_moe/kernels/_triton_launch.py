@@ -23,12 +23,14 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Triton runs its kernels in NumPy on the CPU, for tests (TRITON_INTERPRET=1)."""
 
 _LANES = 32
-_COUNTS_PER_WARP = 1024
-"""Bytes of chunk counts that a warp of the second launch loads before it adds them up: 32 a lane."""
-_SCANNED_EXPERTS, _SCANNED_CHUNKS = 4, 1024
-"""What a program of the launch between adds up at a time."""
+_MARKS_PER_WARP = 512
+"""Marks that a warp of the last launch loads before it adds them up: 16 a lane."""
+_SCANNED_CHUNKS = 512
+"""What a program of the launch between adds up at a time, of `Tile.scan_experts` experts."""
 _WHOLE_SLOTS = 128
 """Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
+_GIVEN_CHUNK = 128
+"""Slots of a chunk of ids that another routing gave."""
 
 
 @final
@@ -37,15 +39,18 @@ class Tile:
     """How rows are divided over programs, and whether the two launches overlap.
 
     Attributes:
-        rows: of one program; 255 at most, since a chunk's counts are bytes.
+        rows: of one program; a power of two, 32 at most, since a mark has a bit for each.
         width: lanes that share a row (W of the kernel).
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
         whole_warps: of that program, at most.
         overlap: programmatic dependent launch, where the card has it.
-        scan: from how many chunk counts on a launch of its own adds them up; one per chunk and expert.
+        scan: from how many marks on a launch of its own adds them up; one per chunk and expert.
+        scan_experts: of a program of that launch.
+        scan_warps: of it.
         place_warps: of a program of the last launch.
-        place_programs: of the last launch, at most, where nothing was added up for it.
+        place_slots: that it places, where another launch added up.
+        filled: of how many experts a program of it fills the last block.
     """
 
     rows: int
@@ -55,8 +60,30 @@ class Tile:
     whole_warps: int = 8
     overlap: bool = True
     scan: int = 2048
+    scan_experts: int = 4
+    scan_warps: int = 8
     place_warps: int = 4
-    place_programs: int = 128
+    place_slots: int = 256
+    filled: int = 8
+
+
+@final
+@attrs.frozen(kw_only=True, eq=False)
+class Marks:
+    """Which slots of each chunk are whose: (C, L) int32, and how to read it.
+
+    Attributes:
+        chunk: slots of one.
+        rows: of a program of the launch that wrote them; 1 where they are numbers of slots.
+        bits: of the 32 that such a program wrote; 0 where they are numbers of slots.
+        top_k: slots of a row.
+    """
+
+    table: Tensor
+    chunk: int
+    rows: int
+    bits: int
+    top_k: int
 
 
 @final
@@ -124,10 +151,9 @@ def _route_rows(
         warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
-    chunks = ceil_div(tokens, tile.rows)
-    counts = _chunk_counts(chunks, sort, logits.device)
-    _route(call, tile, "count", slots, counts)
-    _place(slots, ids, counts, tile, chunk=tile.rows * top_k)
+    marks = _row_marks(tokens, top_k, tile, sort, logits.device)
+    _route(call, tile, "mark", slots, marks)
+    _place(slots, ids, marks, tile)
     return ids, weights, slots
 
 
@@ -158,44 +184,49 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     if num_slots == 0:
         return _no_slots(sort, ids.device)
     ids = ids.to(torch.int32).contiguous()
-    chunk = 128
     slots = _empty_slots(sort, num_slots, ids.device)
-    chunks = ceil_div(num_slots, chunk)
-    counts = _chunk_counts(chunks, sort, ids.device)
+    chunks = ceil_div(num_slots, _GIVEN_CHUNK)
+    table = _table(chunks, sort, ids.device)
     width = min(64, power_of_two(sort.num_local))
     count_kernel[(chunks, ceil_div(sort.num_local, width))](
         ids,
-        counts,
+        table,
         num_slots,
         sort.first_local,
         sort.num_local,
-        CHUNK=chunk,
-        L_PAD=counts.shape[1],
+        CHUNK=_GIVEN_CHUNK,
+        L_PAD=table.shape[1],
         L_TILE=width,
         num_warps=4,
         **follows(ids.device),
     )
-    _place(slots, ids, counts, Tile(rows=1, warps=1), chunk=chunk)
+    marks = Marks(table=table, chunk=_GIVEN_CHUNK, rows=1, bits=0, top_k=1)
+    _place(slots, ids, marks, Tile(rows=1, warps=1, place_slots=_GIVEN_CHUNK))
     return slots
 
 
 def _route(
     call: Call,
     tile: Tile,
-    mode: Literal["none", "count", "whole"],
+    mode: Literal["none", "mark", "whole"],
     slots: SortedSlots | None,
-    chunk_counts: Tensor | None,
+    marks: Marks | None,
 ) -> None:
     settings, logits, rule = call.settings, call.logits, call.settings.rule
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
     whole = slots if mode == "whole" else None
-    route_kernel[(ceil_div(logits.shape[0], tile.rows),)](
+    bits = 0 if marks is None else marks.bits
+    programs = ceil_div(logits.shape[0], tile.rows)
+    if bits:
+        # The last chunk's bits are all written.
+        programs = ceil_div(programs, 32 // bits) * (32 // bits)
+    route_kernel[(programs,)](
         logits,
         call.bias,
         call.ids,
         call.weights,
-        chunk_counts,
+        None if marks is None else marks.table,
         None if whole is None else whole.slots,
         None if whole is None else whole.counts,
         None if whole is None else whole.offsets,
@@ -224,7 +255,7 @@ def _route(
         ROWS=tile.rows,
         W=width,
         SORT=mode,
-        OTHERS=min(32, tile.rows * power_of_two(settings.top_k)),
+        BITS=bits,
         BLOCK=1 if whole is None else whole.block_size,
         L_PAD=1 if slots is None else power_of_two(slots.counts.shape[0]),
         DEVICE=not INTERPRETED,
@@ -233,19 +264,17 @@ def _route(
     )
 
 
-def _place(
-    slots: SortedSlots, ids: Tensor, chunk_counts: Tensor, tile: Tile, *, chunk: int
-) -> None:
+def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
     """The last launch: every slot to its place; and before it, for many chunks, their sums."""
-    chunks, local_pad = chunk_counts.shape
-    scanned = chunk_counts.numel() >= tile.scan
-    before = _scan(slots, chunk_counts, tile) if scanned else None
-    per_program = 1 if scanned else power_of_two(ceil_div(chunks, tile.place_programs))
-    programs = ceil_div(chunks, per_program)
-    chunk_pad, filled = power_of_two(chunk), power_of_two(ceil_div(local_pad, programs))
-    place_kernel[(programs,)](
+    chunks, local_pad = marks.table.shape
+    scanned = marks.table.numel() >= tile.scan
+    before = _scan(slots, marks, tile) if scanned else None
+    width = tile.place_slots if scanned else power_of_two(marks.chunk)
+    placing = ceil_div(ids.numel(), width) if scanned else chunks
+    filled = min(tile.filled, local_pad)
+    place_kernel[(placing + local_pad // filled,)](
         ids,
-        chunk_counts,
+        marks.table,
         before,
         slots.slots,
         slots.counts,
@@ -256,14 +285,15 @@ def _place(
         slots.first_local,
         slots.counts.shape[0],
         slots.block_experts.shape[0],
-        CHUNK=chunk,
-        CHUNK_PAD=chunk_pad,
-        CHUNKS=per_program,
-        OTHERS=min(32, chunk_pad),
+        placing,
+        K=marks.top_k,
+        ROWS=marks.rows,
+        BITS=marks.bits,
+        CHUNK=marks.chunk,
+        SLOTS=width,
         L_PAD=local_pad,
-        TILE=max(1, min(power_of_two(chunks), _COUNTS_PER_WARP * tile.place_warps // local_pad)),
-        # The fewer rows of a block are looked at, whosever they are.
-        FILLED=filled if filled < chunk_pad * per_program else 0,
+        TILE=max(1, min(power_of_two(chunks), _MARKS_PER_WARP * tile.place_warps // local_pad)),
+        FILLED=filled,
         BLOCK=slots.block_size,
         SCANNED=scanned,
         num_warps=tile.place_warps,
@@ -271,13 +301,13 @@ def _place(
     )
 
 
-def _scan(slots: SortedSlots, chunk_counts: Tensor, tile: Tile) -> Tensor:
-    """(C, L) int32: an expert's slots in earlier chunks; and all of them, in `slots.counts`."""
-    chunks, local_pad = chunk_counts.shape
-    before = torch.empty_like(chunk_counts, dtype=torch.int32)
-    width = min(_SCANNED_EXPERTS, local_pad)
+def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
+    """(C, L) int64: an expert's slots in earlier chunks, and its mark; its slots, in `slots.counts`."""
+    chunks, local_pad = marks.table.shape
+    before = torch.empty_like(marks.table, dtype=torch.int64)
+    width = min(tile.scan_experts, local_pad)
     scan_kernel[(local_pad // width,)](
-        chunk_counts,
+        marks.table,
         before,
         slots.counts,
         chunks,
@@ -285,14 +315,25 @@ def _scan(slots: SortedSlots, chunk_counts: Tensor, tile: Tile) -> Tensor:
         L_PAD=local_pad,
         L_TILE=width,
         TILE=min(_SCANNED_CHUNKS, power_of_two(chunks)),
-        num_warps=8,
-        **follows(chunk_counts.device, wanted=tile.overlap),
+        BITS=marks.bits,
+        num_warps=tile.scan_warps,
+        **follows(before.device, wanted=tile.overlap),
     )
     return before
 
 
-def _chunk_counts(chunks: int, sort: SortRequest, device: torch.device) -> Tensor:
-    return torch.empty((chunks, power_of_two(sort.num_local)), dtype=torch.uint8, device=device)
+def _row_marks(
+    tokens: int, top_k: int, tile: Tile, sort: SortRequest, device: torch.device
+) -> Marks:
+    """What the routing launch writes: a bit per row, of 8, 16 or 32 bits per program."""
+    bits = max(8, tile.rows)
+    rows = tile.rows * (32 // bits)
+    table = _table(ceil_div(tokens, rows), sort, device)
+    return Marks(table=table, chunk=rows * top_k, rows=tile.rows, bits=bits, top_k=top_k)
+
+
+def _table(chunks: int, sort: SortRequest, device: torch.device) -> Tensor:
+    return torch.empty((chunks, power_of_two(sort.num_local)), dtype=torch.int32, device=device)
 
 
 def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import BY_SLOTS, IN_MEMORY, close_blocks, follow, place_slots
+from typed_moe.kernels._triton_slots import close_blocks, follow, place_whole
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -162,6 +162,31 @@ def take_best(
 
 
 @triton.jit
+def mark_rows(
+    marks_ptr: tl.tensor,
+    taken: tl.tensor,
+    local: tl.tensor,
+    is_local: tl.tensor,
+    program: tl.tensor,
+    BITS: tl.constexpr,
+    L_PAD: tl.constexpr,
+) -> None:
+    """This program's BITS of the marks: bit r is set where its row r chose the expert."""
+    ROWS: tl.constexpr = taken.shape[0]
+    bit = tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)
+    mark = tl.sum(tl.where(taken, bit[:, None, None], 0), 0)
+    PROGRAMS: tl.constexpr = 32 // BITS
+    at = ((program // PROGRAMS).to(tl.int64) * L_PAD + local) * PROGRAMS + program % PROGRAMS
+    if BITS == 8:
+        part = marks_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+    elif BITS == 16:
+        part = marks_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        part = marks_ptr
+    tl.store(part + at, mark.to(part.dtype.element_ty), mask=is_local)
+
+
+@triton.jit
 def sort_rows(
     slots_ptr: tl.tensor,
     counts_ptr: tl.tensor,
@@ -176,7 +201,6 @@ def sort_rows(
     num_local: tl.tensor,
     num_blocks: tl.tensor,
     SLOTS: tl.constexpr,
-    OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The sorted slots of all rows, where one program has them all.
@@ -194,24 +218,19 @@ def sort_rows(
     tl.store(offsets_ptr + num_local, used)
     # What this program has written, ids among it, it reads again from here on.
     tl.debug_barrier()
-    nothing = num_slots - num_slots
-    place_slots(
+    place_whole(
         slots_ptr,
         block_experts_ptr,
         ids_ptr,
-        offsets_ptr,
         counts_ptr,
-        nothing,
+        offsets_ptr,
         num_slots,
         first_local,
         num_local,
         SLOTS,
-        SLOTS,
-        OTHERS,
         BLOCK,
-        IN_MEMORY,
-        BY_SLOTS,
     )
+    nothing = num_slots - num_slots
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
 
@@ -233,7 +252,7 @@ def route_kernel(
     bias_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
-    chunk_counts_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
@@ -262,7 +281,7 @@ def route_kernel(
     ROWS: tl.constexpr,
     W: tl.constexpr,
     SORT: tl.constexpr,
-    OTHERS: tl.constexpr,
+    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     L_PAD: tl.constexpr,
     DEVICE: tl.constexpr,
@@ -270,7 +289,7 @@ def route_kernel(
 ) -> None:
     """ROWS rows: ids and weights, best first.
 
-    `SORT` is `none`; `count`, which also writes how many of these rows chose each local expert;
+    `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
     or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
     them.
     """
@@ -320,12 +339,11 @@ def route_kernel(
         local = tl.reshape(expert - first_local, [J, W])
         is_local = (local >= 0) & (local < num_local)
         taken = (key == TAKEN) & is_row[:, None, None]
-        mine = (taken & tl.expand_dims(is_local, 0)).to(tl.int32)
-        count = tl.sum(mine, 0)
-        if SORT == "count":
-            at = chunk_counts_ptr + program * L_PAD + local
-            tl.store(at, count.to(tl.uint8), mask=is_local)
+        taken = taken & tl.expand_dims(is_local, 0)
+        if SORT == "mark":
+            mark_rows(marks_ptr, taken, local, is_local, program, BITS, L_PAD)
         else:
+            count = tl.sum(taken.to(tl.int32), 0)
             sort_rows(
                 slots_ptr,
                 counts_ptr,
@@ -340,6 +358,5 @@ def route_kernel(
                 num_local,
                 num_blocks,
                 ROWS * K_PAD,
-                OTHERS,
                 BLOCK,
             )
