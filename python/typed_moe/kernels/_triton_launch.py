@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from math import comb
 from typing import Literal, final
 
 import attrs
@@ -25,6 +26,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _LANES = 32
 _MARKS_PER_WARP = 512
 """Marks that a warp of the last launch loads before it adds them up: 16 a lane."""
+_MOST_PLACES = 16
+"""Of a lane that gives several of its best: more do not fit its registers."""
+_MOST_ROWS, _PROGRAMS = 8, 4
+"""Rows of a program, at most, and programs of a chunk: a mark has 32 bits."""
 _SCANNED_CHUNKS = 512
 """What a program of the launch between adds up at a time, of `Tile.scan_experts` experts."""
 _WHOLE_SLOTS = 128
@@ -39,8 +44,10 @@ class Tile:
     """How rows are divided over programs, and whether the two launches overlap.
 
     Attributes:
-        rows: of one program; a power of two, 32 at most, since a mark has a bit for each.
+        rows: of one program; a power of two, 8 at most, since it has that many bits of a mark.
         width: lanes that share a row (W of the kernel).
+        levels: how many of a row's best one lane may give before all are looked through again; 0: they
+            are looked through for each choice.
         warps: of one program; rows * width / 32 gives every lane one share of one row.
         whole: up to how many rows one program routes and sorts in one launch.
         whole_warps: of that program, at most.
@@ -55,6 +62,7 @@ class Tile:
 
     rows: int
     width: int = _LANES
+    levels: int = 0
     warps: int
     whole: int = 4
     whole_warps: int = 8
@@ -65,24 +73,32 @@ class Tile:
     place_warps: int = 4
     place_slots: int = 256
     filled: int = 8
+    early: bool = True
 
 
 @final
 @attrs.frozen(kw_only=True, eq=False)
 class Marks:
-    """Which slots of each chunk are whose: (C, L) int32, and how to read it.
+    """Which slots of each chunk are whose, and how to read it.
 
     Attributes:
+        table: (C * P,) int32 and some more, so that reading behind the last expert is no fault.
+        chunks: C.
         chunk: slots of one.
-        rows: of a program of the launch that wrote them; 1 where they are numbers of slots.
-        bits: of the 32 that such a program wrote; 0 where they are numbers of slots.
+        places: P, of a chunk's experts.
+        first: place of the rank's first expert, where groups are not padded.
+        group_size: experts of a group, whose places are its least power of two.
+        rows: of a program of the launch that wrote the marks; 0 where they are numbers of slots.
         top_k: slots of a row.
     """
 
     table: Tensor
+    chunks: int
     chunk: int
+    places: int
+    first: int
+    group_size: int
     rows: int
-    bits: int
     top_k: int
 
 
@@ -105,12 +121,32 @@ def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
     """
     if INTERPRETED:
         # A program costs there what its operations are in number, and nothing for their width.
-        return Tile(rows=8, warps=8)
+        return Tile(rows=8, warps=8, levels=_levels(settings), filled=128)
     if settings.places >= 1024:
         return Tile(rows=1, warps=4) if num_tokens <= 512 else Tile(rows=4, warps=16, place_warps=8)
     rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 8
     whole = 8 if settings.places <= 128 else 4
-    return Tile(rows=rows, warps=rows, whole=whole, place_warps=8 if settings.places > 256 else 4)
+    return Tile(
+        rows=rows,
+        warps=rows,
+        levels=_levels(settings),
+        whole=whole,
+        place_warps=8 if settings.places > 256 else 4,
+    )
+
+
+def _levels(settings: RouteSettings) -> int:
+    """So many that a lane has more of a row's best once in a hundred rows; 0 where that is no less work.
+
+    A look through all is 5 instructions for each of a lane's places; each level is one.
+    """
+    places, top_k = settings.places // _LANES, settings.top_k
+    if power_of_two(settings.group_size) < _LANES or places > _MOST_PLACES:
+        return 0
+    levels = 1
+    while comb(top_k, levels + 1) > _LANES**levels // 100:
+        levels += 1
+    return levels if 5 * places * levels + 16 * top_k < 4 * places * top_k else 0
 
 
 def route(
@@ -151,7 +187,7 @@ def _route_rows(
         warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
         _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
         return ids, weights, slots
-    marks = _row_marks(tokens, top_k, tile, sort, logits.device)
+    marks = _row_marks(settings, tokens, tile, sort, logits.device)
     _route(call, tile, "mark", slots, marks)
     _place(slots, ids, marks, tile)
     return ids, weights, slots
@@ -186,7 +222,8 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     ids = ids.to(torch.int32).contiguous()
     slots = _empty_slots(sort, num_slots, ids.device)
     chunks = ceil_div(num_slots, _GIVEN_CHUNK)
-    table = _table(chunks, sort, ids.device)
+    local_pad = power_of_two(sort.num_local)
+    table = _table(chunks, local_pad, sort, ids.device)
     width = min(64, power_of_two(sort.num_local))
     count_kernel[(chunks, ceil_div(sort.num_local, width))](
         ids,
@@ -195,12 +232,21 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
         sort.first_local,
         sort.num_local,
         CHUNK=_GIVEN_CHUNK,
-        L_PAD=table.shape[1],
+        L_PAD=local_pad,
         L_TILE=width,
         num_warps=4,
         **follows(ids.device),
     )
-    marks = Marks(table=table, chunk=_GIVEN_CHUNK, rows=1, bits=0, top_k=1)
+    marks = Marks(
+        table=table,
+        chunks=chunks,
+        chunk=_GIVEN_CHUNK,
+        places=local_pad,
+        first=0,
+        group_size=local_pad,
+        rows=0,
+        top_k=1,
+    )
     _place(slots, ids, marks, Tile(rows=1, warps=1, place_slots=_GIVEN_CHUNK))
     return slots
 
@@ -216,17 +262,14 @@ def _route(
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
     whole = slots if mode == "whole" else None
-    bits = 0 if marks is None else marks.bits
-    programs = ceil_div(logits.shape[0], tile.rows)
-    if bits:
-        # The last chunk's bits are all written.
-        programs = ceil_div(programs, 32 // bits) * (32 // bits)
+    # The last chunk's bits are all written, by programs that have no rows.
+    programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
     route_kernel[(programs,)](
         logits,
         call.bias,
         call.ids,
         call.weights,
-        None if marks is None else marks.table,
+        None if marks is None else marks.table.view(torch.uint8),
         None if whole is None else whole.slots,
         None if whole is None else whole.counts,
         None if whole is None else whole.offsets,
@@ -241,6 +284,7 @@ def _route(
         E=settings.num_experts,
         K=settings.top_k,
         K_PAD=power_of_two(settings.top_k),
+        LEVELS=tile.levels if width == _LANES else 0,
         RANK=rule.rank,
         WEIGH=rule.weigh,
         DIVIDE=rule.divide,
@@ -255,9 +299,7 @@ def _route(
         ROWS=tile.rows,
         W=width,
         SORT=mode,
-        BITS=bits,
         BLOCK=1 if whole is None else whole.block_size,
-        L_PAD=1 if slots is None else power_of_two(slots.counts.shape[0]),
         DEVICE=not INTERPRETED,
         num_warps=tile.warps,
         **follows(logits.device, wanted=tile.overlap),
@@ -266,8 +308,8 @@ def _route(
 
 def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
     """The last launch: every slot to its place; and before it, for many chunks, their sums."""
-    chunks, local_pad = marks.table.shape
-    scanned = marks.table.numel() >= tile.scan
+    chunks, local_pad = marks.chunks, power_of_two(slots.counts.shape[0])
+    scanned = chunks * local_pad >= tile.scan
     before = _scan(slots, marks, tile) if scanned else None
     width = tile.place_slots if scanned else power_of_two(marks.chunk)
     placing = ceil_div(ids.numel(), width) if scanned else chunks
@@ -286,9 +328,12 @@ def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
         slots.counts.shape[0],
         slots.block_experts.shape[0],
         placing,
+        marks.first,
         K=marks.top_k,
         ROWS=marks.rows,
-        BITS=marks.bits,
+        PLACES=marks.places,
+        GROUP_SIZE=marks.group_size,
+        GROUP_PAD=power_of_two(marks.group_size),
         CHUNK=marks.chunk,
         SLOTS=width,
         L_PAD=local_pad,
@@ -296,6 +341,7 @@ def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
         FILLED=filled,
         BLOCK=slots.block_size,
         SCANNED=scanned,
+        EARLY=scanned and tile.early,
         num_warps=tile.place_warps,
         **follows(ids.device, wanted=tile.overlap),
     )
@@ -303,19 +349,23 @@ def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
 
 def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
     """(C, L) int64: an expert's slots in earlier chunks, and its mark; its slots, in `slots.counts`."""
-    chunks, local_pad = marks.table.shape
-    before = torch.empty_like(marks.table, dtype=torch.int64)
+    local_pad = power_of_two(slots.counts.shape[0])
+    before = marks.table.new_empty(marks.chunks * local_pad, dtype=torch.int64)
     width = min(tile.scan_experts, local_pad)
     scan_kernel[(local_pad // width,)](
         marks.table,
         before,
         slots.counts,
-        chunks,
+        marks.chunks,
+        marks.first,
         slots.counts.shape[0],
+        ROWS=marks.rows,
+        PLACES=marks.places,
+        GROUP_SIZE=marks.group_size,
+        GROUP_PAD=power_of_two(marks.group_size),
         L_PAD=local_pad,
         L_TILE=width,
-        TILE=min(_SCANNED_CHUNKS, power_of_two(chunks)),
-        BITS=marks.bits,
+        TILE=min(_SCANNED_CHUNKS, power_of_two(marks.chunks)),
         num_warps=tile.scan_warps,
         **follows(before.device, wanted=tile.overlap),
     )
@@ -323,17 +373,27 @@ def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
 
 
 def _row_marks(
-    tokens: int, top_k: int, tile: Tile, sort: SortRequest, device: torch.device
+    settings: RouteSettings, tokens: int, tile: Tile, sort: SortRequest, device: torch.device
 ) -> Marks:
-    """What the routing launch writes: a bit per row, of 8, 16 or 32 bits per program."""
-    bits = max(8, tile.rows)
-    rows = tile.rows * (32 // bits)
-    table = _table(ceil_div(tokens, rows), sort, device)
-    return Marks(table=table, chunk=rows * top_k, rows=tile.rows, bits=bits, top_k=top_k)
+    """What the routing launch writes: 8 bits per expert and program, four programs to a chunk."""
+    assert tile.rows <= _MOST_ROWS, "a program has 8 bits of a mark"
+    chunks = ceil_div(tokens, _PROGRAMS * tile.rows)
+    return Marks(
+        table=_table(chunks, settings.places, sort, device),
+        chunks=chunks,
+        chunk=_PROGRAMS * tile.rows * settings.top_k,
+        places=settings.places,
+        first=sort.first_local,
+        group_size=settings.group_size if settings.num_expert_group > 1 else settings.places,
+        rows=tile.rows,
+        top_k=settings.top_k,
+    )
 
 
-def _table(chunks: int, sort: SortRequest, device: torch.device) -> Tensor:
-    return torch.empty((chunks, power_of_two(sort.num_local)), dtype=torch.int32, device=device)
+def _table(chunks: int, places: int, sort: SortRequest, device: torch.device) -> Tensor:
+    # Experts are read up to a power of two, which is up to twice as many; padded, twice as far on.
+    spare = 4 * (sort.first_local + sort.num_local)
+    return torch.empty(chunks * places + spare, dtype=torch.int32, device=device)
 
 
 def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:

@@ -3,12 +3,12 @@
 A slot is one of a token's k choices: slot t * k + j. Slots of one expert lie side by side in the
 order of their numbers, and each expert starts on a multiple of BLOCK.
 
-No atomics: where a slot goes is the number of slots before it, which is counted. A chunk is 8 to 32
-rows. `marks` (C, L) has 32 bits per chunk and local expert, L padded to a power of two: a bit for
-each row, set where the row chose the expert. So the ones in it are the chunk's slots of that expert,
-and those below a row's bit are the slots before that row's. For ids that another routing gave, which
-may name an expert twice in a row, a chunk is CHUNK slots, its mark is how many of them chose the
-expert, and a slot is compared with each of its chunk.
+No atomics: where a slot goes is the number of slots before it, which is counted. A chunk is 4 to 32
+rows, of four programs of the first launch. `marks` (C, P) has 32 bits per chunk and expert, P being
+the places of a row there: a bit for each row, set where the row chose the expert. So the ones in it are
+the chunk's slots of that expert, and those below a row's bit are the slots before that row's. For ids
+that another routing gave, which may name an expert twice in a row, a chunk is CHUNK slots, its mark is
+how many of them chose the expert, and a slot is compared with each of its chunk.
 
 Every program of `place_kernel` adds up the chunks before its own; where that is much to add,
 `scan_kernel` does it once, in a launch between the two. A slot on a block's first place says whose
@@ -46,12 +46,21 @@ def ones_in(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def slots_in(mark: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """A mark's slots. BITS: of a row's mark in it; 0: it is their number."""
-    if BITS > 0:
+def slots_in(mark: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
+    """A mark's slots. ROWS: of a program that made it; 0: it is their number."""
+    if ROWS > 0:
         return ones_in(mark.to(tl.uint32, bitcast=True))
     else:
         return mark
+
+
+@triton.jit
+def place_of(expert: tl.tensor, GROUP_SIZE: tl.constexpr, GROUP_PAD: tl.constexpr) -> tl.tensor:
+    """An expert's place in a row of marks."""
+    if GROUP_SIZE == GROUP_PAD:
+        return expert
+    else:
+        return expert // GROUP_SIZE * GROUP_PAD + expert % GROUP_SIZE
 
 
 @triton.jit
@@ -63,15 +72,11 @@ def rank_of(
     num_slots: tl.tensor,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    BITS: tl.constexpr,
 ) -> tl.tensor:
-    """How many slots of its chunk are before each, of the same expert.
-
-    BITS: of the 32 that ROWS rows of one program have.
-    """
-    if BITS > 0:
+    """How many slots of its chunk are before each, of the same expert."""
+    if ROWS > 0:
         row = slot // K
-        bit = row % ROWS + row // ROWS * BITS % 32
+        bit = row % ROWS + row // ROWS % 4 * 8
         below = (tl.full(slot.shape, 1, tl.uint32) << bit.to(tl.uint32)) - 1
         return ones_in(mark.to(tl.uint32, bitcast=True) & below)
     else:
@@ -132,17 +137,22 @@ def close_blocks(
         first += num_programs * _TAIL
 
 
+# `first` stays specialised: where it is a multiple of 16, neighbouring experts are loaded together.
 @triton.jit(do_not_specialize=["num_chunks", "num_local"])
 def scan_kernel(
     marks_ptr: tl.tensor,
     before_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     num_chunks: tl.tensor,
+    first: tl.tensor,
     num_local: tl.tensor,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     L_PAD: tl.constexpr,
     L_TILE: tl.constexpr,
     TILE: tl.constexpr,
-    BITS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """L_TILE experts: their slots, and `before` (C, L_PAD) int64.
@@ -151,41 +161,45 @@ def scan_kernel(
     """
     local = tl.program_id(0) * L_TILE + tl.arange(0, L_TILE)
     follow(PDL)
+    place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
     total = tl.zeros([L_TILE], tl.int32)
-    first = num_chunks - num_chunks
-    while first < num_chunks:
-        chunk = first + tl.arange(0, TILE)
-        at = chunk.to(tl.int64)[:, None] * L_PAD + local[None, :]
+    done = num_chunks - num_chunks
+    while done < num_chunks:
+        chunk = done + tl.arange(0, TILE)
+        row = chunk.to(tl.int64)[:, None]
         inside = (chunk < num_chunks)[:, None]
-        mark = tl.load(marks_ptr + at, mask=inside, other=0)
-        some = slots_in(mark, BITS)
+        mark = tl.load(marks_ptr + row * PLACES + place[None, :], mask=inside, other=0)
+        some = slots_in(mark, ROWS)
         earlier = total[None, :] + tl.cumsum(some, 0) - some
         both = (earlier.to(tl.int64) << 32) | mark.to(tl.uint32, bitcast=True).to(tl.int64)
-        tl.store(before_ptr + at, both, mask=inside)
+        tl.store(before_ptr + row * L_PAD + local[None, :], both, mask=inside)
         total += tl.sum(some, 0)
-        first += TILE
+        done += TILE
     tl.store(counts_ptr + local, total, mask=local < num_local)
 
 
 @triton.jit
 def add_chunks(
-    marks_ptr: tl.tensor,
+    row_ptr: tl.tensor,
     num_chunks: tl.tensor,
     first_chunk: tl.tensor,
     TILE: tl.constexpr,
-    L_PAD: tl.constexpr,
-    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """(L_PAD,) slots of all chunks, and of those before `first_chunk`."""
-    local = tl.arange(0, L_PAD)
+    """(L_PAD,) slots of all chunks, and of those before `first_chunk`.
+
+    `row_ptr` (L_PAD,) points to the experts' marks of the first.
+    """
+    L_PAD: tl.constexpr = row_ptr.shape[0]
     # Summed place by place, over the tile's rows once at the end.
     all_chunks = tl.zeros([TILE, L_PAD], tl.int32)
     earlier = tl.zeros([TILE, L_PAD], tl.int32)
     left = num_chunks
     while left > 0:
         chunk = left - 1 - tl.arange(0, TILE)
-        at = marks_ptr + chunk[:, None] * L_PAD + local[None, :]
-        some = slots_in(tl.load(at, mask=(chunk >= 0)[:, None], other=0), BITS)
+        at = row_ptr[None, :] + chunk[:, None] * PLACES
+        some = slots_in(tl.load(at, mask=(chunk >= 0)[:, None], other=0), ROWS)
         all_chunks += some
         earlier += tl.where((chunk < first_chunk)[:, None], some, 0)
         left -= TILE
@@ -200,6 +214,7 @@ def add_chunks(
         "num_local",
         "num_blocks",
         "num_placing",
+        "first",
     ]
 )
 def place_kernel(
@@ -216,9 +231,12 @@ def place_kernel(
     num_local: tl.tensor,
     num_blocks: tl.tensor,
     num_placing: tl.tensor,
+    first: tl.tensor,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    BITS: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
     L_PAD: tl.constexpr,
@@ -226,6 +244,7 @@ def place_kernel(
     FILLED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCANNED: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """`num_placing` programs place slots, the others fill blocks. Program 0 writes counts and offsets.
@@ -243,13 +262,16 @@ def place_kernel(
     else:
         slot = program * CHUNK + one
         is_slot = (one < CHUNK) & (slot < num_slots)
+    if EARLY:
+        expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1, cache_modifier=".cg")
     follow(PDL)
-    # Columns behind the last local expert hold anything.
+    # What is behind the last local expert holds anything.
     if SCANNED:
         count = tl.load(counts_ptr + local, mask=is_local, other=0)
         earlier = count
     else:
-        count, earlier = add_chunks(marks_ptr, num_chunks, program, TILE, L_PAD, BITS)
+        row_ptr = marks_ptr + place_of(first + local, GROUP_SIZE, GROUP_PAD)
+        count, earlier = add_chunks(row_ptr, num_chunks, program, TILE, ROWS, PLACES)
         count = tl.where(is_local, count, 0)
     padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
@@ -260,18 +282,20 @@ def place_kernel(
         tl.store(offsets_ptr + local, start, mask=is_local)
         tl.store(offsets_ptr + num_local, used)
     if program < num_placing:
-        expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1)
+        if not EARLY:
+            expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1)
         placed = (expert >= first_local) & (expert - first_local < num_local)
         entry = tl.where(placed, expert - first_local, 0)
-        at = (slot // CHUNK).to(tl.int64) * L_PAD + entry
+        chunk = (slot // CHUNK).to(tl.int64)
         if SCANNED:
-            both = tl.load(before_ptr + at, mask=placed, other=0)
+            both = tl.load(before_ptr + chunk * L_PAD + entry, mask=placed, other=0)
             mark = both.to(tl.int32)
             position = tl.gather(start, entry, 0) + (both >> 32).to(tl.int32)
         else:
-            mark = tl.load(marks_ptr + at, mask=placed, other=0)
+            place = place_of(first + entry, GROUP_SIZE, GROUP_PAD)
+            mark = tl.load(marks_ptr + chunk * PLACES + place, mask=placed, other=0)
             position = tl.gather(start + earlier, entry, 0)
-        position += rank_of(ids_ptr, slot, expert, mark, num_slots, K, ROWS, BITS)
+        position += rank_of(ids_ptr, slot, expert, mark, num_slots, K, ROWS)
         tl.store(slots_ptr + position, slot, mask=placed)
         opens = placed & (position % BLOCK == 0)
         tl.store(block_experts_ptr + position // BLOCK, entry, mask=opens)
@@ -285,30 +309,42 @@ def place_kernel(
 def place_whole(
     slots_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    offsets_ptr: tl.tensor,
-    num_slots: tl.tensor,
+    ids: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    num_tokens: tl.tensor,
     first_local: tl.tensor,
     num_local: tl.tensor,
-    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """All slots to their places, by the one program there is; an expert's last one fills its block."""
-    slot = tl.arange(0, SLOTS)
-    expert = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1)
+    """All slots to their places, by the one program there is; an expert's last one fills its block.
+
+    `ids` (ROWS, K_PAD), and by place where each expert starts and its slots.
+    """
+    K_PAD: tl.constexpr = ids.shape[1]
+    SLOTS: tl.constexpr = ids.shape[0] * K_PAD
+    one = tl.arange(0, SLOTS)
+    row, column = one // K_PAD, one % K_PAD
+    slot = row * K + column
+    expert = tl.reshape(ids, [SLOTS])
     local = expert - first_local
-    placed = (expert >= 0) & (local >= 0) & (local < num_local)
-    entry = tl.where(placed, local, 0)
-    start = tl.load(offsets_ptr + entry)
-    position = start + rank_by_comparing(ids_ptr, slot, expert, num_slots)
+    placed = (column < K) & (row < num_tokens) & (local >= 0) & (local < num_local)
+    # Slots that are in no place differ from all others.
+    whose = tl.where(placed, expert, -1 - one)
+    same = (whose[None, :] == whose[:, None]) & (one[None, :] < one[:, None])
+    rank = tl.sum(same.to(tl.int32), 1)
+    at = tl.where(placed, place_of(expert, GROUP_SIZE, GROUP_PAD), 0)
+    position = tl.gather(start, at, 0) + rank
     tl.store(slots_ptr + position, slot, mask=placed)
     opens = placed & (position % BLOCK == 0)
     tl.store(block_experts_ptr + position // BLOCK, local, mask=opens)
-    last = placed & (position + 1 == start + tl.load(counts_ptr + entry))
+    last = placed & (rank + 1 == tl.gather(count, at, 0))
     rest = position[:, None] + 1 + tl.arange(0, BLOCK)[None, :]
     block_end = (position // BLOCK + 1) * BLOCK
-    filler = tl.full([SLOTS, BLOCK], 0, tl.int32) + num_slots
+    filler = tl.full([SLOTS, BLOCK], 0, tl.int32) + num_tokens * K
     tl.store(slots_ptr + rest, filler, mask=last[:, None] & (rest < block_end[:, None]))
 
 
