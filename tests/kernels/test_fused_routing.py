@@ -113,8 +113,10 @@ def test_slots(case: Case, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("scan", [1, 2**30], ids=["added up between", "by every program"])
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_slots_of_many_chunks(scan: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "steps"), [(1, 1), (2, 4), (8, 1)])
+def test_slots_of_many_chunks(
+    scan: int, rows: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More chunks than are added up at a time; experts that no token chose; other ranks' experts."""
     from typed_moe.kernels import _triton_launch as launch
 
@@ -122,7 +124,9 @@ def test_slots_of_many_chunks(scan: int, rows: int, monkeypatch: pytest.MonkeyPa
     shape = RoutingShape(num_experts=24, top_k=3)
     fused = fused_routing(Renormalize(), shape=shape, device=torch.device("cpu"))
     assert isinstance(fused, FusedRouting)
-    tile = launch.Tile(rows=rows, warps=1, whole=0, scan=scan, place_slots=32, filled=2)
+    tile = launch.Tile(
+        rows=rows, steps=steps, warps=1, whole=0, scan=scan, place_slots=32, filled=2
+    )
     logits = torch.randn(101, 24)
     logits[:, 5] = -9.0
     for first, count in ((0, 24), (3, 11)):
@@ -153,24 +157,24 @@ def test_sizes(case_id: str, num_experts: int, top_k: int) -> None:
     checks.check_selection(case, fused_kernel, logits, case.bias(), least_decided=0.2)
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (512, 10), (300, 22)])
-def test_best_of_one_lane(num_experts: int, top_k: int) -> None:
-    """Rows whose best all lie 32 ids apart, among rows where they do not; ties across and along."""
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (300, 22)])
+def test_best_of_one_lane(num_experts: int, top_k: int, levels: int) -> None:
+    """However many of its best a lane gives: rows whose best all lie 32 ids apart; ties."""
     from typed_moe.kernels import _triton_launch as launch
 
     shape = RoutingShape(num_experts=num_experts, top_k=top_k)
     fused = fused_routing(Renormalize(), shape=shape, device=CPU)
     assert isinstance(fused, FusedRouting)
-    assert launch.tile_of(fused.settings, 20).levels > 0
     logits = torch.randn(20, num_experts)
     logits[3, 5::32] += 20.0
     logits[10, 7::32] = 30.0
     logits[11] = logits[11].round()
     logits[12] = 1.0
     best = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    for rows in (logits, logits[4:10], logits[13:]):
-        start = 0 if rows is logits else 4 if rows.shape[0] == 6 else 13
-        assert torch.equal(fused(rows, None).topk_ids.long(), best[start : start + rows.shape[0]])
+    tile = launch.Tile(rows=2, steps=2, warps=1, levels=levels)
+    ids, _, _ = launch.route(fused.settings, logits, None, None, tile)
+    assert torch.equal(ids.long(), best)
 
 
 @pytest.mark.parametrize("case_id", ["Default", "DeepSeekV3-8of4", "GroupedSoftmax-max"])

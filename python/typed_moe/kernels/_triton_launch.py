@@ -44,7 +44,8 @@ class Tile:
     """How rows are divided over programs, and whether the two launches overlap.
 
     Attributes:
-        rows: of one program; a power of two, 8 at most, since it has that many bits of a mark.
+        rows: of one program at a time; a power of two.
+        steps: how many times; rows times steps is 8 at most, the bits of a mark that a program has.
         width: lanes that share a row (W of the kernel).
         levels: how many of a row's best one lane may give before all are looked through again; 0: they
             are looked through for each choice.
@@ -61,6 +62,7 @@ class Tile:
     """
 
     rows: int
+    steps: int = 1
     width: int = _LANES
     levels: int = 0
     warps: int
@@ -82,7 +84,8 @@ class Marks:
     """Which slots of each chunk are whose, and how to read it.
 
     Attributes:
-        table: (C * P,) int32 and some more, so that reading behind the last expert is no fault.
+        table: (4 * C * P,) uint8, a row of places per program; or (C * P,) int32 numbers of slots; and
+            some more, so that reading behind the last expert is no fault.
         chunks: C.
         chunk: slots of one.
         places: P, of a chunk's experts.
@@ -136,7 +139,7 @@ def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
 
 
 def _levels(settings: RouteSettings) -> int:
-    """So many that a lane has more of a row's best once in a hundred rows; 0 where that is no less work.
+    """So many that a lane has more of a row's best once in a thousand rows; 0 where that is no less work.
 
     A look through all is 5 instructions for each of a lane's places; each level is one.
     """
@@ -144,9 +147,9 @@ def _levels(settings: RouteSettings) -> int:
     if power_of_two(settings.group_size) < _LANES or places > _MOST_PLACES:
         return 0
     levels = 1
-    while comb(top_k, levels + 1) > _LANES**levels // 100:
+    while 1000 * comb(top_k, levels + 1) > _LANES**levels:
         levels += 1
-    return levels if 5 * places * levels + 16 * top_k < 4 * places * top_k else 0
+    return levels if 5 * places * levels + 16 * top_k < 0.65 * 5 * places * top_k else 0
 
 
 def route(
@@ -185,7 +188,7 @@ def _route_rows(
     rows = power_of_two(tokens)
     if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
         warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
-        _route(call, attrs.evolve(tile, rows=rows, warps=warps), "whole", slots, None)
+        _route(call, attrs.evolve(tile, rows=rows, steps=1, warps=warps), "whole", slots, None)
         return ids, weights, slots
     marks = _row_marks(settings, tokens, tile, sort, logits.device)
     _route(call, tile, "mark", slots, marks)
@@ -223,7 +226,7 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     slots = _empty_slots(sort, num_slots, ids.device)
     chunks = ceil_div(num_slots, _GIVEN_CHUNK)
     local_pad = power_of_two(sort.num_local)
-    table = _table(chunks, local_pad, sort, ids.device)
+    table = _table(chunks, local_pad, sort, ids.device, torch.int32)
     width = min(64, power_of_two(sort.num_local))
     count_kernel[(chunks, ceil_div(sort.num_local, width))](
         ids,
@@ -263,13 +266,17 @@ def _route(
     width = min(tile.width, group_pad)
     whole = slots if mode == "whole" else None
     # The last chunk's bits are all written, by programs that have no rows.
-    programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
+    programs = (
+        ceil_div(logits.shape[0], tile.rows * tile.steps)
+        if marks is None
+        else marks.chunks * _PROGRAMS
+    )
     route_kernel[(programs,)](
         logits,
         call.bias,
         call.ids,
         call.weights,
-        None if marks is None else marks.table.view(torch.uint8),
+        None if marks is None else marks.table,
         None if whole is None else whole.slots,
         None if whole is None else whole.counts,
         None if whole is None else whole.offsets,
@@ -277,6 +284,7 @@ def _route(
         logits.shape[0],
         logits.stride(0),
         0,
+        0 if marks is None else marks.places,
         settings.scale,
         0 if slots is None else slots.first_local,
         0 if slots is None else slots.counts.shape[0],
@@ -297,6 +305,7 @@ def _route(
         G=power_of_two(settings.num_expert_group),
         J=settings.places // width,
         ROWS=tile.rows,
+        STEPS=tile.steps,
         W=width,
         SORT=mode,
         BLOCK=1 if whole is None else whole.block_size,
@@ -359,7 +368,8 @@ def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
         marks.chunks,
         marks.first,
         slots.counts.shape[0],
-        ROWS=marks.rows,
+        # No more is asked than whether marks are bits, and then one compilation serves all.
+        ROWS=min(marks.rows, 1),
         PLACES=marks.places,
         GROUP_SIZE=marks.group_size,
         GROUP_PAD=power_of_two(marks.group_size),
@@ -376,24 +386,27 @@ def _row_marks(
     settings: RouteSettings, tokens: int, tile: Tile, sort: SortRequest, device: torch.device
 ) -> Marks:
     """What the routing launch writes: 8 bits per expert and program, four programs to a chunk."""
-    assert tile.rows <= _MOST_ROWS, "a program has 8 bits of a mark"
-    chunks = ceil_div(tokens, _PROGRAMS * tile.rows)
+    rows = tile.rows * tile.steps
+    assert rows <= _MOST_ROWS, "a program has 8 bits of a mark"
+    chunks = ceil_div(tokens, _PROGRAMS * rows)
     return Marks(
-        table=_table(chunks, settings.places, sort, device),
+        table=_table(chunks * _PROGRAMS, settings.places, sort, device, torch.uint8),
         chunks=chunks,
-        chunk=_PROGRAMS * tile.rows * settings.top_k,
+        chunk=_PROGRAMS * rows * settings.top_k,
         places=settings.places,
         first=sort.first_local,
         group_size=settings.group_size if settings.num_expert_group > 1 else settings.places,
-        rows=tile.rows,
+        rows=rows,
         top_k=settings.top_k,
     )
 
 
-def _table(chunks: int, places: int, sort: SortRequest, device: torch.device) -> Tensor:
+def _table(
+    rows: int, places: int, sort: SortRequest, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     # Experts are read up to a power of two, which is up to twice as many; padded, twice as far on.
     spare = 4 * (sort.first_local + sort.num_local)
-    return torch.empty(chunks * places + spare, dtype=torch.int32, device=device)
+    return torch.empty(rows * places + spare, dtype=dtype, device=device)
 
 
 def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:

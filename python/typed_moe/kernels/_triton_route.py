@@ -200,7 +200,12 @@ def take_from_heads(
 
 @triton.jit
 def take_best(
-    key: tl.tensor, expert: tl.tensor, K: tl.constexpr, K_PAD: tl.constexpr, LEVELS: tl.constexpr
+    key: tl.tensor,
+    expert: tl.tensor,
+    is_row: tl.tensor,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The K best of every row: (ROWS, K_PAD) ids, and (ROWS, J, W) which they are.
 
@@ -217,16 +222,16 @@ def take_best(
             best = tl.max(key, 1)
             at = tl.min(tl.where(key == tl.expand_dims(best, 1), expert, NO_EXPERT), 1)
             key = tl.where(expert == tl.expand_dims(at, 1), TAKEN, key)
-            heads = heads + (best,)
-            experts = experts + (at,)
+            heads = heads + (best,)  # noqa: RUF005 - Triton
+            experts = experts + (at,)  # noqa: RUF005 - Triton
         ids, last, given = take_from_heads(heads, experts, K, K_PAD, LEVELS)
-        taken = key != key
+        taken = tl.zeros(key.shape, tl.int1)
         for level in tl.static_range(LEVELS):
             at = tl.where(given > level, experts[level], -1)
             taken = taken | (expert == tl.expand_dims(at, 1))
         # A tie with the last one is among these, since a lower id would come first.
         missed = tl.max((tl.max(key, 1) >= last[:, None]).to(tl.int32), 1)
-        if tl.max(missed, 0) != 0:
+        if tl.max(tl.where(is_row, missed, 0), 0) != 0:
             for level in tl.static_range(LEVELS):
                 back = tl.expand_dims(experts[LEVELS - 1 - level], 1)
                 key = tl.where(expert == back, tl.expand_dims(heads[LEVELS - 1 - level], 1), key)
@@ -237,18 +242,13 @@ def take_best(
 
 @triton.jit
 def mark_rows(
-    marks_ptr: tl.tensor, taken: tl.tensor, is_row: tl.tensor, program: tl.tensor
-) -> None:
-    """This program's 8 bits of the marks: bit r is set where its row r chose the expert.
-
-    In one dimension, so that neighbours in a row are written by neighbours in a warp.
-    """
+    mark: tl.tensor, taken: tl.tensor, is_row: tl.tensor, STEPS: tl.constexpr
+) -> tl.tensor:
+    """`mark` (J, W) with these rows' bits above the ones before, each set where the row chose the expert."""
     ROWS: tl.constexpr = taken.shape[0]
-    PLACES: tl.constexpr = taken.shape[1] * taken.shape[2]
-    bit = tl.where(is_row, tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS), 0)
-    mark = tl.reshape(tl.sum(tl.where(taken, bit[:, None, None], 0), 0), [PLACES])
-    first = (program // 4).to(tl.int64) * (4 * PLACES) + program % 4
-    tl.store(marks_ptr + first + tl.arange(0, PLACES) * 4, mark.to(tl.uint8))
+    bit = (tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)) << (ROWS * (STEPS - 1))
+    bit = tl.where(is_row, bit, 0)
+    return (mark >> ROWS) | tl.sum(tl.where(taken, bit[:, None, None], 0), 0)
 
 
 @triton.jit
@@ -305,37 +305,21 @@ def sort_rows(
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
 
-# `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
-# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane. The bias
-# is read as if there were one per row, `bias_row_stride` being 0, so that it is dealt out likewise.
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "row_stride",
-        "bias_row_stride",
-        "first_local",
-        "num_local",
-        "num_blocks",
-    ]
-)
-def route_kernel(
+# The bias is read as if there were one per row, `bias_row_stride` being 0, so that it is dealt out to
+# lanes as the logits are.
+@triton.jit
+def route_rows(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
-    marks_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    offsets_ptr: tl.tensor,
-    block_experts_ptr: tl.tensor,
-    num_tokens: tl.tensor,
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    expert: tl.tensor,
+    is_expert: tl.tensor,
     row_stride: tl.tensor,
     bias_row_stride: tl.tensor,
     scale: tl.tensor,
-    first_local: tl.tensor,
-    num_local: tl.tensor,
-    num_blocks: tl.tensor,
-    E: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -346,31 +330,10 @@ def route_kernel(
     NUM_GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     TWO_BEST: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     G: tl.constexpr,
-    J: tl.constexpr,
-    ROWS: tl.constexpr,
-    W: tl.constexpr,
-    SORT: tl.constexpr,
-    BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """ROWS rows: ids and weights, best first.
-
-    `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
-    or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
-    them.
-    """
-    follow(PDL)
-    program = tl.program_id(0)
-    place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    within = place % GROUP_PAD
-    expert = (place // GROUP_PAD) * GROUP_SIZE + within
-    is_expert = (within < GROUP_SIZE) & (expert < E)
-    rows = program * ROWS + tl.arange(0, ROWS)
-    is_row = rows < num_tokens
+) -> tuple[tl.tensor, tl.tensor]:
+    """These rows' ids and weights, best first. Returns (ROWS, K_PAD) ids and (ROWS, J, W) which they are."""
     row_start = logits_ptr + rows.to(tl.int64) * row_stride
     x = tl.load(
         row_start[:, None, None] + expert,
@@ -392,7 +355,7 @@ def route_kernel(
     expert = tl.where(is_expert, expert, NO_EXPERT)
     if NUM_GROUPS > 1:
         key = keep_groups(key, expert, NUM_GROUPS, KEPT, TWO_BEST, G)
-    ids, taken = take_best(key, expert, K, K_PAD, LEVELS)
+    ids, taken = take_best(key, expert, is_row, K, K_PAD, LEVELS)
 
     # The chosen logits again, from the cache: to carry them along would be a reduction per choice.
     column = tl.arange(0, K_PAD)[None, :]
@@ -404,23 +367,124 @@ def route_kernel(
     out = rows[:, None].to(tl.int64) * K + column
     tl.store(ids_ptr + out, ids, mask=used)
     tl.store(weights_ptr + out, weight, mask=used)
+    return ids, taken
 
-    if SORT == "mark":
-        mark_rows(marks_ptr, taken, is_row, program)
-    elif SORT == "whole":
-        sort_rows(
-            slots_ptr,
-            counts_ptr,
-            offsets_ptr,
-            block_experts_ptr,
-            ids,
-            taken,
-            num_tokens,
-            first_local,
-            num_local,
-            num_blocks,
+
+# `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
+# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane.
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "row_stride",
+        "bias_row_stride",
+        "marks_stride",
+        "first_local",
+        "num_local",
+        "num_blocks",
+    ]
+)
+def route_kernel(
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    row_stride: tl.tensor,
+    bias_row_stride: tl.tensor,
+    marks_stride: tl.tensor,
+    scale: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    num_blocks: tl.tensor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    RANK: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    G: tl.constexpr,
+    J: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    W: tl.constexpr,
+    SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """STEPS times ROWS rows: ids and weights, best first.
+
+    `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
+    or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
+    them.
+    """
+    follow(PDL)
+    program = tl.program_id(0)
+    place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    within = place % GROUP_PAD
+    expert = (place // GROUP_PAD) * GROUP_SIZE + within
+    is_expert = (within < GROUP_SIZE) & (expert < E)
+    mark = tl.zeros([J, W], tl.int32)
+    for step in range(STEPS):
+        rows = (program * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        ids, taken = route_rows(
+            logits_ptr,
+            bias_ptr,
+            ids_ptr,
+            weights_ptr,
+            rows,
+            rows < num_tokens,
+            expert,
+            is_expert,
+            row_stride,
+            bias_row_stride,
+            scale,
             K,
-            GROUP_SIZE,
-            GROUP_PAD,
-            BLOCK,
+            K_PAD,
+            LEVELS,
+            RANK,
+            WEIGH,
+            DIVIDE,
+            BIASED,
+            NUM_GROUPS,
+            KEPT,
+            TWO_BEST,
+            G,
+            DEVICE,
         )
+        if SORT == "mark":
+            mark = mark_rows(mark, taken, rows < num_tokens, STEPS)
+        elif SORT == "whole":
+            sort_rows(
+                slots_ptr,
+                counts_ptr,
+                offsets_ptr,
+                block_experts_ptr,
+                ids,
+                taken,
+                num_tokens,
+                first_local,
+                num_local,
+                num_blocks,
+                K,
+                GROUP_SIZE,
+                GROUP_PAD,
+                BLOCK,
+            )
+    if SORT == "mark":
+        # In one dimension, so that neighbours in a row are written by neighbours in a warp.
+        places = tl.arange(0, J * W)
+        marks = tl.reshape(mark, [J * W]).to(tl.uint8)
+        tl.store(marks_ptr + program.to(tl.int64) * marks_stride + places, marks)

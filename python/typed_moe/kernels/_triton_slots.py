@@ -46,6 +46,24 @@ def ones_in(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def load_marks(
+    marks_ptr: tl.tensor, at: tl.tensor, mask: tl.tensor, ROWS: tl.constexpr, PLACES: tl.constexpr
+) -> tl.tensor:
+    """Marks of one chunk's place each: of four programs, whose rows of PLACES lie one behind the other.
+
+    ROWS: of such a program; 0: a mark is a number. `at`: of the first program's.
+    """
+    if ROWS > 0:
+        mark = tl.load(marks_ptr + at, mask=mask, other=0).to(tl.int32)
+        for program in tl.static_range(1, 4):
+            more = tl.load(marks_ptr + at + program * PLACES, mask=mask, other=0)
+            mark |= more.to(tl.int32) << (8 * program)
+        return mark
+    else:
+        return tl.load(marks_ptr + at, mask=mask, other=0)
+
+
+@triton.jit
 def slots_in(mark: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
     """A mark's slots. ROWS: of a program that made it; 0: it is their number."""
     if ROWS > 0:
@@ -111,7 +129,6 @@ def fill_blocks(
     BLOCK: tl.constexpr,
 ) -> None:
     """The places behind the last slot of FILLED experts, which hold `num_slots`."""
-    L_PAD: tl.constexpr = start.shape[0]
     entry = program * FILLED + tl.arange(0, FILLED)
     # Behind the last local expert counts are 0.
     filled = tl.gather(count, entry, 0)
@@ -162,13 +179,15 @@ def scan_kernel(
     local = tl.program_id(0) * L_TILE + tl.arange(0, L_TILE)
     follow(PDL)
     place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
+    STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
     total = tl.zeros([L_TILE], tl.int32)
     done = num_chunks - num_chunks
     while done < num_chunks:
         chunk = done + tl.arange(0, TILE)
         row = chunk.to(tl.int64)[:, None]
         inside = (chunk < num_chunks)[:, None]
-        mark = tl.load(marks_ptr + row * PLACES + place[None, :], mask=inside, other=0)
+        at = row * STRIDE + place[None, :]
+        mark = load_marks(marks_ptr, at, inside, ROWS, PLACES)
         some = slots_in(mark, ROWS)
         earlier = total[None, :] + tl.cumsum(some, 0) - some
         both = (earlier.to(tl.int64) << 32) | mark.to(tl.uint32, bitcast=True).to(tl.int64)
@@ -180,7 +199,8 @@ def scan_kernel(
 
 @triton.jit
 def add_chunks(
-    row_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    place: tl.tensor,
     num_chunks: tl.tensor,
     first_chunk: tl.tensor,
     TILE: tl.constexpr,
@@ -189,17 +209,19 @@ def add_chunks(
 ) -> tuple[tl.tensor, tl.tensor]:
     """(L_PAD,) slots of all chunks, and of those before `first_chunk`.
 
-    `row_ptr` (L_PAD,) points to the experts' marks of the first.
+    `place` (L_PAD,): the experts' in a row of marks.
     """
-    L_PAD: tl.constexpr = row_ptr.shape[0]
+    L_PAD: tl.constexpr = place.shape[0]
+    STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
     # Summed place by place, over the tile's rows once at the end.
     all_chunks = tl.zeros([TILE, L_PAD], tl.int32)
     earlier = tl.zeros([TILE, L_PAD], tl.int32)
     left = num_chunks
     while left > 0:
         chunk = left - 1 - tl.arange(0, TILE)
-        at = row_ptr[None, :] + chunk[:, None] * PLACES
-        some = slots_in(tl.load(at, mask=(chunk >= 0)[:, None], other=0), ROWS)
+        at = chunk[:, None] * STRIDE + place[None, :]
+        mark = load_marks(marks_ptr, at, (chunk >= 0)[:, None], ROWS, PLACES)
+        some = slots_in(mark, ROWS)
         all_chunks += some
         earlier += tl.where((chunk < first_chunk)[:, None], some, 0)
         left -= TILE
@@ -270,8 +292,8 @@ def place_kernel(
         count = tl.load(counts_ptr + local, mask=is_local, other=0)
         earlier = count
     else:
-        row_ptr = marks_ptr + place_of(first + local, GROUP_SIZE, GROUP_PAD)
-        count, earlier = add_chunks(row_ptr, num_chunks, program, TILE, ROWS, PLACES)
+        place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
+        count, earlier = add_chunks(marks_ptr, place, num_chunks, program, TILE, ROWS, PLACES)
         count = tl.where(is_local, count, 0)
     padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
@@ -287,13 +309,14 @@ def place_kernel(
         placed = (expert >= first_local) & (expert - first_local < num_local)
         entry = tl.where(placed, expert - first_local, 0)
         chunk = (slot // CHUNK).to(tl.int64)
+        STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
         if SCANNED:
             both = tl.load(before_ptr + chunk * L_PAD + entry, mask=placed, other=0)
             mark = both.to(tl.int32)
             position = tl.gather(start, entry, 0) + (both >> 32).to(tl.int32)
         else:
-            place = place_of(first + entry, GROUP_SIZE, GROUP_PAD)
-            mark = tl.load(marks_ptr + chunk * PLACES + place, mask=placed, other=0)
+            at = chunk * STRIDE + place_of(first + entry, GROUP_SIZE, GROUP_PAD)
+            mark = load_marks(marks_ptr, at, placed, ROWS, PLACES)
             position = tl.gather(start + earlier, entry, 0)
         position += rank_of(ids_ptr, slot, expert, mark, num_slots, K, ROWS)
         tl.store(slots_ptr + position, slot, mask=placed)
