@@ -30,7 +30,9 @@ _MOST_PLACES = 16
 """Of a lane that gives several of its best: more do not fit its registers."""
 _MOST_ROWS, _PROGRAMS = 8, 4
 """Rows of a program, at most, and programs of a chunk: a mark has 32 bits."""
-_SCANNED_CHUNKS = 512
+_FEW_CHUNKS = 512
+"""That a smaller program of that launch adds up."""
+_SCANNED_CHUNKS = 1024
 """What a program of the launch between adds up at a time, of `Tile.scan_experts` experts."""
 _WHOLE_SLOTS = 128
 """Slots, top_k padded to a power of two, that one program sorts: it compares each with each."""
@@ -44,38 +46,34 @@ class Tile:
     """How rows are divided over programs, and whether the two launches overlap.
 
     Attributes:
-        rows: of one program at a time; a power of two.
-        steps: how many times; rows times steps is 8 at most, the bits of a mark that a program has.
+        rows: of one program; a power of two, 8 at most where slots are sorted: its bits of a mark.
         width: lanes that share a row (W of the kernel).
         levels: how many of a row's best one lane may give before all are looked through again; 0: they
             are looked through for each choice.
-        warps: of one program; rows * width / 32 gives every lane one share of one row.
+        warps: of one program; rows * width / 32 gives every lane one share of one row. With sorted
+            slots one warp with several rows is faster: marks are not gathered from several warps.
         whole: up to how many rows one program routes and sorts in one launch.
-        whole_warps: of that program, at most.
+        whole_warps: of that program, for each of its rows.
         overlap: programmatic dependent launch, where the card has it.
         scan: from how many marks on a launch of its own adds them up; one per chunk and expert.
         scan_experts: of a program of that launch.
-        scan_warps: of it.
         place_warps: of a program of the last launch.
         place_slots: that it places, where another launch added up.
         filled: of how many experts a program of it fills the last block.
     """
 
     rows: int
-    steps: int = 1
     width: int = _LANES
     levels: int = 0
     warps: int
     whole: int = 4
-    whole_warps: int = 8
+    whole_warps: int = 1
     overlap: bool = True
-    scan: int = 2048
+    scan: int = 8192
     scan_experts: int = 4
-    scan_warps: int = 8
     place_warps: int = 4
-    place_slots: int = 256
+    place_slots: int = 128
     filled: int = 8
-    early: bool = True
 
 
 @final
@@ -84,8 +82,7 @@ class Marks:
     """Which slots of each chunk are whose, and how to read it.
 
     Attributes:
-        table: (4 * C * P,) uint8, a row of places per program; or (C * P,) int32 numbers of slots; and
-            some more, so that reading behind the last expert is no fault.
+        table: (C * P,) int32 and some more, so that reading behind the last expert is no fault.
         chunks: C.
         chunk: slots of one.
         places: P, of a chunk's experts.
@@ -117,7 +114,7 @@ class Call:
     weights: Tensor
 
 
-def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
+def tile_of(settings: RouteSettings, num_tokens: int, *, sort: bool) -> Tile:
     """Rows and warps for a call: few rows per program until every multiprocessor has one.
 
     Measured on an H100: docs/routing/fused.md.
@@ -126,15 +123,27 @@ def tile_of(settings: RouteSettings, num_tokens: int) -> Tile:
         # A program costs there what its operations are in number, and nothing for their width.
         return Tile(rows=8, warps=8, levels=_levels(settings), filled=128)
     if settings.places >= 1024:
-        return Tile(rows=1, warps=4) if num_tokens <= 512 else Tile(rows=4, warps=16, place_warps=8)
-    rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 8
-    whole = 8 if settings.places <= 128 else 4
+        rows = 1 if num_tokens <= 512 else 4
+        return Tile(rows=rows, warps=4 * rows, whole_warps=4, place_warps=8)
+    levels, large = _levels(settings), settings.places > 256
+    if not sort and not levels:
+        rows = 1 if num_tokens <= 128 else 4 if num_tokens <= 512 else 8
+        return Tile(rows=rows, warps=rows)
+    if num_tokens <= 512 or not sort:
+        rows = 1
+    elif settings.top_k == 1:
+        rows = 8
+    else:
+        # With levels a row has more registers, and several in a warp too many.
+        rows = (1 if levels else 2) if num_tokens <= 8192 else 2 if levels else 4
     return Tile(
         rows=rows,
-        warps=rows,
-        levels=_levels(settings),
-        whole=whole,
-        place_warps=8 if settings.places > 256 else 4,
+        warps=1,
+        levels=levels,
+        whole=4 if settings.places <= 128 else 1,
+        whole_warps=4 if large else 1,
+        place_warps=8 if large else 4,
+        place_slots=256 if large else 128,
     )
 
 
@@ -180,15 +189,15 @@ def _route_rows(
         logits = logits.contiguous()
     bias = None if bias is None else bias.contiguous()
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
-    tile = tile_of(settings, tokens) if tile is None else tile
+    tile = tile_of(settings, tokens, sort=sort is not None) if tile is None else tile
     if sort is None:
         _route(call, tile, "none", None, None)
         return ids, weights, None
     slots = _empty_slots(sort, tokens * top_k, logits.device)
     rows = power_of_two(tokens)
     if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
-        warps = min(tile.whole_warps, max(1, tile.warps * rows // tile.rows))
-        _route(call, attrs.evolve(tile, rows=rows, steps=1, warps=warps), "whole", slots, None)
+        whole = attrs.evolve(tile, rows=rows, warps=tile.whole_warps * rows)
+        _route(call, whole, "whole", slots, None)
         return ids, weights, slots
     marks = _row_marks(settings, tokens, tile, sort, logits.device)
     _route(call, tile, "mark", slots, marks)
@@ -226,7 +235,7 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     slots = _empty_slots(sort, num_slots, ids.device)
     chunks = ceil_div(num_slots, _GIVEN_CHUNK)
     local_pad = power_of_two(sort.num_local)
-    table = _table(chunks, local_pad, sort, ids.device, torch.int32)
+    table = _table(chunks, local_pad, sort, ids.device)
     width = min(64, power_of_two(sort.num_local))
     count_kernel[(chunks, ceil_div(sort.num_local, width))](
         ids,
@@ -267,7 +276,7 @@ def _route(
     whole = slots if mode == "whole" else None
     # The last chunk's bits are all written, by programs that have no rows.
     programs = (
-        ceil_div(logits.shape[0], tile.rows * tile.steps)
+        ceil_div(logits.shape[0], tile.rows)
         if marks is None
         else marks.chunks * _PROGRAMS
     )
@@ -276,7 +285,7 @@ def _route(
         call.bias,
         call.ids,
         call.weights,
-        None if marks is None else marks.table,
+        None if marks is None else marks.table.view(torch.uint8),
         None if whole is None else whole.slots,
         None if whole is None else whole.counts,
         None if whole is None else whole.offsets,
@@ -284,7 +293,6 @@ def _route(
         logits.shape[0],
         logits.stride(0),
         0,
-        0 if marks is None else marks.places,
         settings.scale,
         0 if slots is None else slots.first_local,
         0 if slots is None else slots.counts.shape[0],
@@ -305,7 +313,6 @@ def _route(
         G=power_of_two(settings.num_expert_group),
         J=settings.places // width,
         ROWS=tile.rows,
-        STEPS=tile.steps,
         W=width,
         SORT=mode,
         BLOCK=1 if whole is None else whole.block_size,
@@ -350,7 +357,6 @@ def _place(slots: SortedSlots, ids: Tensor, marks: Marks, tile: Tile) -> None:
         FILLED=filled,
         BLOCK=slots.block_size,
         SCANNED=scanned,
-        EARLY=scanned and tile.early,
         num_warps=tile.place_warps,
         **follows(ids.device, wanted=tile.overlap),
     )
@@ -361,7 +367,7 @@ def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
     local_pad = power_of_two(slots.counts.shape[0])
     before = marks.table.new_empty(marks.chunks * local_pad, dtype=torch.int64)
     width = min(tile.scan_experts, local_pad)
-    scan_kernel[(local_pad // width,)](
+    scan_kernel[(ceil_div(slots.counts.shape[0], width),)](
         marks.table,
         before,
         slots.counts,
@@ -376,7 +382,7 @@ def _scan(slots: SortedSlots, marks: Marks, tile: Tile) -> Tensor:
         L_PAD=local_pad,
         L_TILE=width,
         TILE=min(_SCANNED_CHUNKS, power_of_two(marks.chunks)),
-        num_warps=tile.scan_warps,
+        num_warps=8 if marks.chunks <= _FEW_CHUNKS else 16,
         **follows(before.device, wanted=tile.overlap),
     )
     return before
@@ -386,27 +392,24 @@ def _row_marks(
     settings: RouteSettings, tokens: int, tile: Tile, sort: SortRequest, device: torch.device
 ) -> Marks:
     """What the routing launch writes: 8 bits per expert and program, four programs to a chunk."""
-    rows = tile.rows * tile.steps
-    assert rows <= _MOST_ROWS, "a program has 8 bits of a mark"
-    chunks = ceil_div(tokens, _PROGRAMS * rows)
+    assert tile.rows <= _MOST_ROWS, "a program has 8 bits of a mark"
+    chunks = ceil_div(tokens, _PROGRAMS * tile.rows)
     return Marks(
-        table=_table(chunks * _PROGRAMS, settings.places, sort, device, torch.uint8),
+        table=_table(chunks, settings.places, sort, device),
         chunks=chunks,
-        chunk=_PROGRAMS * rows * settings.top_k,
+        chunk=_PROGRAMS * tile.rows * settings.top_k,
         places=settings.places,
         first=sort.first_local,
         group_size=settings.group_size if settings.num_expert_group > 1 else settings.places,
-        rows=rows,
+        rows=tile.rows,
         top_k=settings.top_k,
     )
 
 
-def _table(
-    rows: int, places: int, sort: SortRequest, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _table(chunks: int, places: int, sort: SortRequest, device: torch.device) -> Tensor:
     # Experts are read up to a power of two, which is up to twice as many; padded, twice as far on.
     spare = 4 * (sort.first_local + sort.num_local)
-    return torch.empty(rows * places + spare, dtype=dtype, device=device)
+    return torch.empty(chunks * places + spare, dtype=torch.int32, device=device)
 
 
 def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> SortedSlots:

@@ -242,13 +242,18 @@ def take_best(
 
 @triton.jit
 def mark_rows(
-    mark: tl.tensor, taken: tl.tensor, is_row: tl.tensor, STEPS: tl.constexpr
-) -> tl.tensor:
-    """`mark` (J, W) with these rows' bits above the ones before, each set where the row chose the expert."""
+    marks_ptr: tl.tensor, taken: tl.tensor, is_row: tl.tensor, program: tl.tensor
+) -> None:
+    """This program's 8 bits of the marks: bit r is set where its row r chose the expert.
+
+    In one dimension, so that neighbours in a row are written by neighbours in a warp.
+    """
     ROWS: tl.constexpr = taken.shape[0]
-    bit = (tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS)) << (ROWS * (STEPS - 1))
-    bit = tl.where(is_row, bit, 0)
-    return (mark >> ROWS) | tl.sum(tl.where(taken, bit[:, None, None], 0), 0)
+    PLACES: tl.constexpr = taken.shape[1] * taken.shape[2]
+    bit = tl.where(is_row, tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS), 0)
+    mark = tl.reshape(tl.sum(tl.where(taken, bit[:, None, None], 0), 0), [PLACES])
+    first = (program // 4).to(tl.int64) * (4 * PLACES) + program % 4
+    tl.store(marks_ptr + first + tl.arange(0, PLACES) * 4, mark.to(tl.uint8))
 
 
 @triton.jit
@@ -377,7 +382,6 @@ def route_rows(
         "num_tokens",
         "row_stride",
         "bias_row_stride",
-        "marks_stride",
         "first_local",
         "num_local",
         "num_blocks",
@@ -396,7 +400,6 @@ def route_kernel(
     num_tokens: tl.tensor,
     row_stride: tl.tensor,
     bias_row_stride: tl.tensor,
-    marks_stride: tl.tensor,
     scale: tl.tensor,
     first_local: tl.tensor,
     num_local: tl.tensor,
@@ -417,14 +420,13 @@ def route_kernel(
     G: tl.constexpr,
     J: tl.constexpr,
     ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
     W: tl.constexpr,
     SORT: tl.constexpr,
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """STEPS times ROWS rows: ids and weights, best first.
+    """ROWS rows: ids and weights, best first.
 
     `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
     or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
@@ -436,55 +438,48 @@ def route_kernel(
     within = place % GROUP_PAD
     expert = (place // GROUP_PAD) * GROUP_SIZE + within
     is_expert = (within < GROUP_SIZE) & (expert < E)
-    mark = tl.zeros([J, W], tl.int32)
-    for step in range(STEPS):
-        rows = (program * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        ids, taken = route_rows(
-            logits_ptr,
-            bias_ptr,
-            ids_ptr,
-            weights_ptr,
-            rows,
-            rows < num_tokens,
-            expert,
-            is_expert,
-            row_stride,
-            bias_row_stride,
-            scale,
-            K,
-            K_PAD,
-            LEVELS,
-            RANK,
-            WEIGH,
-            DIVIDE,
-            BIASED,
-            NUM_GROUPS,
-            KEPT,
-            TWO_BEST,
-            G,
-            DEVICE,
-        )
-        if SORT == "mark":
-            mark = mark_rows(mark, taken, rows < num_tokens, STEPS)
-        elif SORT == "whole":
-            sort_rows(
-                slots_ptr,
-                counts_ptr,
-                offsets_ptr,
-                block_experts_ptr,
-                ids,
-                taken,
-                num_tokens,
-                first_local,
-                num_local,
-                num_blocks,
-                K,
-                GROUP_SIZE,
-                GROUP_PAD,
-                BLOCK,
-            )
+    rows = program * ROWS + tl.arange(0, ROWS)
+    ids, taken = route_rows(
+        logits_ptr,
+        bias_ptr,
+        ids_ptr,
+        weights_ptr,
+        rows,
+        rows < num_tokens,
+        expert,
+        is_expert,
+        row_stride,
+        bias_row_stride,
+        scale,
+        K,
+        K_PAD,
+        LEVELS,
+        RANK,
+        WEIGH,
+        DIVIDE,
+        BIASED,
+        NUM_GROUPS,
+        KEPT,
+        TWO_BEST,
+        G,
+        DEVICE,
+    )
     if SORT == "mark":
-        # In one dimension, so that neighbours in a row are written by neighbours in a warp.
-        places = tl.arange(0, J * W)
-        marks = tl.reshape(mark, [J * W]).to(tl.uint8)
-        tl.store(marks_ptr + program.to(tl.int64) * marks_stride + places, marks)
+        mark_rows(marks_ptr, taken, rows < num_tokens, program)
+    elif SORT == "whole":
+        sort_rows(
+            slots_ptr,
+            counts_ptr,
+            offsets_ptr,
+            block_experts_ptr,
+            ids,
+            taken,
+            num_tokens,
+            first_local,
+            num_local,
+            num_blocks,
+            K,
+            GROUP_SIZE,
+            GROUP_PAD,
+            BLOCK,
+        )

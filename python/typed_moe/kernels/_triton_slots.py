@@ -46,24 +46,6 @@ def ones_in(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load_marks(
-    marks_ptr: tl.tensor, at: tl.tensor, mask: tl.tensor, ROWS: tl.constexpr, PLACES: tl.constexpr
-) -> tl.tensor:
-    """Marks of one chunk's place each: of four programs, whose rows of PLACES lie one behind the other.
-
-    ROWS: of such a program; 0: a mark is a number. `at`: of the first program's.
-    """
-    if ROWS > 0:
-        mark = tl.load(marks_ptr + at, mask=mask, other=0).to(tl.int32)
-        for program in tl.static_range(1, 4):
-            more = tl.load(marks_ptr + at + program * PLACES, mask=mask, other=0)
-            mark |= more.to(tl.int32) << (8 * program)
-        return mark
-    else:
-        return tl.load(marks_ptr + at, mask=mask, other=0)
-
-
-@triton.jit
 def slots_in(mark: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
     """A mark's slots. ROWS: of a program that made it; 0: it is their number."""
     if ROWS > 0:
@@ -179,15 +161,13 @@ def scan_kernel(
     local = tl.program_id(0) * L_TILE + tl.arange(0, L_TILE)
     follow(PDL)
     place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
-    STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
     total = tl.zeros([L_TILE], tl.int32)
     done = num_chunks - num_chunks
     while done < num_chunks:
         chunk = done + tl.arange(0, TILE)
         row = chunk.to(tl.int64)[:, None]
         inside = (chunk < num_chunks)[:, None]
-        at = row * STRIDE + place[None, :]
-        mark = load_marks(marks_ptr, at, inside, ROWS, PLACES)
+        mark = tl.load(marks_ptr + row * PLACES + place[None, :], mask=inside, other=0)
         some = slots_in(mark, ROWS)
         earlier = total[None, :] + tl.cumsum(some, 0) - some
         both = (earlier.to(tl.int64) << 32) | mark.to(tl.uint32, bitcast=True).to(tl.int64)
@@ -212,15 +192,14 @@ def add_chunks(
     `place` (L_PAD,): the experts' in a row of marks.
     """
     L_PAD: tl.constexpr = place.shape[0]
-    STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
     # Summed place by place, over the tile's rows once at the end.
     all_chunks = tl.zeros([TILE, L_PAD], tl.int32)
     earlier = tl.zeros([TILE, L_PAD], tl.int32)
     left = num_chunks
     while left > 0:
         chunk = left - 1 - tl.arange(0, TILE)
-        at = chunk[:, None] * STRIDE + place[None, :]
-        mark = load_marks(marks_ptr, at, (chunk >= 0)[:, None], ROWS, PLACES)
+        at = marks_ptr + chunk[:, None] * PLACES + place[None, :]
+        mark = tl.load(at, mask=(chunk >= 0)[:, None], other=0)
         some = slots_in(mark, ROWS)
         all_chunks += some
         earlier += tl.where((chunk < first_chunk)[:, None], some, 0)
@@ -266,7 +245,6 @@ def place_kernel(
     FILLED: tl.constexpr,
     BLOCK: tl.constexpr,
     SCANNED: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """`num_placing` programs place slots, the others fill blocks. Program 0 writes counts and offsets.
@@ -280,18 +258,18 @@ def place_kernel(
     one = tl.arange(0, SLOTS)
     if SCANNED:
         slot = program * SLOTS + one
-        is_slot = slot < num_slots
+        # Before the wait: `scan_kernel` let this launch start when it had itself waited for the one
+        # that wrote the ids. From L2, where that one's writes are.
+        expert = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1, cache_modifier=".cg")
     else:
         slot = program * CHUNK + one
-        is_slot = (one < CHUNK) & (slot < num_slots)
-    if EARLY:
-        expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1, cache_modifier=".cg")
     follow(PDL)
     # What is behind the last local expert holds anything.
     if SCANNED:
         count = tl.load(counts_ptr + local, mask=is_local, other=0)
-        earlier = count
     else:
+        is_slot = (one < CHUNK) & (slot < num_slots)
+        expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1)
         place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
         count, earlier = add_chunks(marks_ptr, place, num_chunks, program, TILE, ROWS, PLACES)
         count = tl.where(is_local, count, 0)
@@ -304,19 +282,16 @@ def place_kernel(
         tl.store(offsets_ptr + local, start, mask=is_local)
         tl.store(offsets_ptr + num_local, used)
     if program < num_placing:
-        if not EARLY:
-            expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1)
         placed = (expert >= first_local) & (expert - first_local < num_local)
         entry = tl.where(placed, expert - first_local, 0)
         chunk = (slot // CHUNK).to(tl.int64)
-        STRIDE: tl.constexpr = PLACES * 4 if ROWS > 0 else PLACES
         if SCANNED:
             both = tl.load(before_ptr + chunk * L_PAD + entry, mask=placed, other=0)
             mark = both.to(tl.int32)
             position = tl.gather(start, entry, 0) + (both >> 32).to(tl.int32)
         else:
-            at = chunk * STRIDE + place_of(first + entry, GROUP_SIZE, GROUP_PAD)
-            mark = load_marks(marks_ptr, at, placed, ROWS, PLACES)
+            at = chunk * PLACES + place_of(first + entry, GROUP_SIZE, GROUP_PAD)
+            mark = tl.load(marks_ptr + at, mask=placed, other=0)
             position = tl.gather(start + earlier, entry, 0)
         position += rank_of(ids_ptr, slot, expert, mark, num_slots, K, ROWS)
         tl.store(slots_ptr + position, slot, mask=placed)
