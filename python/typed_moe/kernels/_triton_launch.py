@@ -275,11 +275,7 @@ def _route(
     width = min(tile.width, group_pad)
     whole = slots if mode == "whole" else None
     # The last chunk's bits are all written, by programs that have no rows.
-    programs = (
-        ceil_div(logits.shape[0], tile.rows)
-        if marks is None
-        else marks.chunks * _PROGRAMS
-    )
+    programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
     route_kernel[(programs,)](
         logits,
         call.bias,

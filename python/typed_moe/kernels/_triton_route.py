@@ -164,7 +164,7 @@ def take_one_by_one(
 @triton.jit
 def move_up(hit: tl.tensor, queue: tl.tuple, LEVELS: tl.constexpr) -> tl.tuple:
     """Every lane's queue without its first where it was hit, and `TAKEN` behind its last."""
-    moved = ()
+    moved: tl.tuple = ()
     for level in tl.static_range(LEVELS - 1):
         moved = moved + (tl.where(hit, queue[level + 1], queue[level]),)  # noqa: RUF005 - Triton
     return moved + (tl.where(hit, TAKEN, queue[LEVELS - 1]),)  # noqa: RUF005 - Triton
@@ -216,8 +216,8 @@ def take_best(
         ids, key = take_one_by_one(key, expert, K, K_PAD)
         return ids, key == TAKEN
     else:
-        heads = ()
-        experts = ()
+        heads: tl.tuple = ()
+        experts: tl.tuple = ()
         for _ in tl.static_range(LEVELS):
             best = tl.max(key, 1)
             at = tl.min(tl.where(key == tl.expand_dims(best, 1), expert, NO_EXPERT), 1)

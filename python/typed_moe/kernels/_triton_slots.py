@@ -26,6 +26,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _TAIL = tl.constexpr(256)
+_OTHERS = tl.constexpr(32)
 
 
 @triton.jit
@@ -89,11 +90,10 @@ def rank_by_comparing(
 ) -> tl.tensor:
     """How many of these slots are before each, of the same expert: each is compared with each."""
     SLOTS: tl.constexpr = slot.shape[0]
-    OTHERS: tl.constexpr = min(32, SLOTS)
     first = tl.min(slot, 0)
     rank = tl.zeros([SLOTS], tl.int32)
-    for near in range(0, SLOTS, OTHERS):
-        earlier = first + near + tl.arange(0, OTHERS)
+    for near in range(0, SLOTS, _OTHERS):
+        earlier = first + near + tl.arange(0, _OTHERS)
         other = tl.load(ids_ptr + earlier, mask=earlier < num_slots, other=-1)
         same = (other[None, :] == expert[:, None]) & (earlier[None, :] < slot[:, None])
         rank += tl.sum(same.to(tl.int32), 1)
@@ -256,18 +256,18 @@ def place_kernel(
     local = tl.arange(0, L_PAD)
     is_local = local < num_local
     one = tl.arange(0, SLOTS)
+    # What is behind the last local expert holds anything.
     if SCANNED:
         slot = program * SLOTS + one
         # Before the wait: `scan_kernel` let this launch start when it had itself waited for the one
         # that wrote the ids. From L2, where that one's writes are.
         expert = tl.load(ids_ptr + slot, mask=slot < num_slots, other=-1, cache_modifier=".cg")
+        follow(PDL)
+        count = tl.load(counts_ptr + local, mask=is_local, other=0)
+        earlier = count
     else:
         slot = program * CHUNK + one
-    follow(PDL)
-    # What is behind the last local expert holds anything.
-    if SCANNED:
-        count = tl.load(counts_ptr + local, mask=is_local, other=0)
-    else:
+        follow(PDL)
         is_slot = (one < CHUNK) & (slot < num_slots)
         expert = tl.load(ids_ptr + slot, mask=is_slot, other=-1)
         place = place_of(first + local, GROUP_SIZE, GROUP_PAD)
@@ -331,7 +331,7 @@ def place_whole(
     local = expert - first_local
     placed = (column < K) & (row < num_tokens) & (local >= 0) & (local < num_local)
     # Slots that are in no place differ from all others.
-    whose = tl.where(placed, expert, -1 - one)
+    whose = tl.where(placed, expert, -one - 1)
     same = (whose[None, :] == whose[:, None]) & (one[None, :] < one[:, None])
     rank = tl.sum(same.to(tl.int32), 1)
     at = tl.where(placed, place_of(expert, GROUP_SIZE, GROUP_PAD), 0)
