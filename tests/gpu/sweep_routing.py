@@ -1,4 +1,4 @@
-"""The fused routing kernel's tiles on this machine's GPU: rows per program, warps, overlap.
+"""The fused routing kernel's tiles on this machine's GPU: rows, levels, warps, overlap.
 
     python -m tests.gpu.sweep_routing [--json FILE]
 
@@ -62,25 +62,25 @@ class Tiles:
 
 
 def sweep(tiles: Tiles) -> Iterator[Row]:
-    """One launch with any number of warps; two, by rows, warps and overlap."""
+    """One launch with any number of warps; several, by rows, levels, sums between and overlap."""
     name = tiles.router.name
     experts = tiles.router.shape.num_experts
     request = SortRequest(first_local=0, num_local=experts, block_size=BLOCK)
-    for tokens, warps in itertools.product((2, 4, 8, 16), (2, 4, 8)):
-        tile = {"rows": tokens, "warps": tokens, "whole": tokens, "whole_warps": warps}
-        us = tiles.time(tiles.inputs(tokens), request, **tile)
-        yield {"model": name, "tokens": tokens, "whole_warps": warps, "one launch": us}
-    for tokens, rows, warps, scan in (
-        *itertools.product((8, 64), (1, 4), (2, 4, 8), (1, 2**30)),
-        *itertools.product((512,), (4, 8), (4, 8), (1, 2**30)),
-        *itertools.product((4096, 16384), (8, 16), (4, 8), (1,)),
+    for tokens, warps, levels in itertools.product((1, 2, 4), (1, 4), (0, 4)):
+        tile = {"rows": 1, "levels": levels, "whole": tokens, "whole_warps": warps}
+        us = tiles.time(tiles.inputs(tokens), request, warps=1, **tile)
+        yield {"model": name, "tokens": tokens, "warps": warps, "levels": levels, "one launch": us}
+    for tokens, rows, levels, place_warps, scan in (
+        *itertools.product((8, 64), (1, 2), (0, 4), (4, 8), (1, 2**30)),
+        *itertools.product((512,), (1, 2), (0, 4), (4, 8), (1,)),
+        *itertools.product((4096, 16384), (1, 2, 4, 8), (0, 4), (4, 8), (1,)),
     ):
         given = tiles.inputs(tokens)
-        base = {"rows": rows, "warps": rows, "place_warps": warps, "whole": 0, "scan": scan}
-        said: Row = {"model": name, "tokens": tokens, "rows": rows, "place_warps": warps}
-        said["scan"] = scan
+        tile = {"rows": rows, "levels": levels, "place_warps": place_warps, "scan": scan}
+        said: Row = {"model": name, "tokens": tokens, **tile}
         for overlap in (0, 1):
-            said[f"overlap {overlap}"] = tiles.time(given, request, **base, overlap=overlap)
+            more = {"warps": 1, "whole": 0, "place_slots": 32 * place_warps, "overlap": overlap}
+            said[f"overlap {overlap}"] = tiles.time(given, request, **tile, **more)
         yield said
 
 

@@ -179,9 +179,11 @@ def test_slots(case: Case, tokens: int) -> None:
 @pytest.mark.parametrize("case_id", ["Renormalize", "DeepSeekV3-8of4", "GroupedSoftmax-max"])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("scan", [1, 2**30])
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 70), (4, 70), (16, 700)])
+@pytest.mark.parametrize(
+    ("rows", "warps", "tokens"), [(1, 1, 70), (4, 4, 70), (4, 1, 700), (8, 2, 700)]
+)
 def test_slots_with_any_tile(
-    case_id: str, overlap: bool, scan: int, rows: int, tokens: int
+    case_id: str, overlap: bool, scan: int, rows: int, warps: int, tokens: int
 ) -> None:
     """Whatever the tile and the number of launches, and with each starting during the one before."""
     from typed_moe.kernels import _triton_launch as launch
@@ -191,7 +193,7 @@ def test_slots_with_any_tile(
     case = find(case_id)
     fused = _fused(case)
     request = SortRequest(first_local=0, num_local=case.num_experts, block_size=16)
-    tile = launch.Tile(rows=rows, warps=rows, whole=0, overlap=overlap, scan=scan)
+    tile = launch.Tile(rows=rows, warps=warps, whole=0, overlap=overlap, scan=scan)
     for _ in range(20):
         logits, bias = torch.randn(tokens, case.num_experts, device="cuda"), _cuda(case.bias())
         ids, weights, slots = launch.route(fused.settings, logits, bias, request, tile)
@@ -200,6 +202,34 @@ def test_slots_with_any_tile(
         assert torch.equal(weights, expected.topk_weights)
         assert slots is not None
         expect_sorted(slots, ids.cpu(), request)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3, 5])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (300, 22), (512, 10)])
+@pytest.mark.parametrize(
+    "strategy", [Renormalize(), DeepSeekV3()], ids=["Renormalize", "DeepSeekV3"]
+)
+def test_best_of_one_lane(
+    strategy: RoutingStrategy, num_experts: int, top_k: int, levels: int
+) -> None:
+    """However many of its best a lane gives: as `torch.sort` has them, also where one lane has all."""
+    from typed_moe.kernels import _triton_launch as launch
+
+    shape = RoutingShape(num_experts=num_experts, top_k=top_k)
+    fused = fused_routing(strategy, shape=shape, device=torch.device("cuda"))
+    assert isinstance(fused, FusedRouting)
+    logits = torch.randn(300, num_experts, device="cuda")
+    logits[3::7, 5::32] += 20.0
+    logits[10::9, 7::32] = 30.0
+    logits[11::5] = logits[11::5].round()
+    logits[12] = 1.0
+    bias = torch.randn(num_experts, device="cuda").round() if fused.settings.rule.biased else None
+    scores = logits if bias is None else torch.sigmoid(logits) + bias
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    for rows in (1, 4):
+        tile = launch.Tile(rows=rows, warps=rows, levels=levels)
+        ids, _, _ = launch.route(fused.settings, logits, bias, None, tile)
+        assert torch.equal(ids.long(), best)
 
 
 @every

@@ -113,18 +113,17 @@ def test_slots(case: Case, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("scan", [1, 2**30], ids=["added up between", "by every program"])
-@pytest.mark.parametrize("programs", [128, 4])
-def test_slots_of_many_chunks(scan: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_slots_of_many_chunks(scan: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More chunks than are added up at a time; experts that no token chose; other ranks' experts."""
     from typed_moe.kernels import _triton_launch as launch
 
-    monkeypatch.setattr(launch, "_SCANNED_CHUNKS", 4)
-    monkeypatch.setattr(launch, "_SCANNED_EXPERTS", 8)
+    monkeypatch.setattr(launch, "_SCANNED_CHUNKS", 2)
     shape = RoutingShape(num_experts=24, top_k=3)
     fused = fused_routing(Renormalize(), shape=shape, device=torch.device("cpu"))
     assert isinstance(fused, FusedRouting)
-    tile = launch.Tile(rows=2, warps=2, whole=0, scan=scan, place_programs=programs)
-    logits = torch.randn(37, 24)
+    tile = launch.Tile(rows=rows, warps=1, whole=0, scan=scan, place_slots=32, filled=2)
+    logits = torch.randn(45, 24)
     logits[:, 5] = -9.0
     for first, count in ((0, 24), (3, 11)):
         request = SortRequest(first_local=first, num_local=count, block_size=4)
@@ -152,6 +151,26 @@ def test_sizes(case_id: str, num_experts: int, top_k: int) -> None:
     case = sized(find(case_id), num_experts, top_k)
     logits = torch.randn(9, num_experts)
     checks.check_selection(case, fused_kernel, logits, case.bias(), least_decided=0.2)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(256, 8), (300, 22)])
+def test_best_of_one_lane(num_experts: int, top_k: int, levels: int) -> None:
+    """However many of its best a lane gives: rows whose best all lie 32 ids apart; ties."""
+    from typed_moe.kernels import _triton_launch as launch
+
+    shape = RoutingShape(num_experts=num_experts, top_k=top_k)
+    fused = fused_routing(Renormalize(), shape=shape, device=CPU)
+    assert isinstance(fused, FusedRouting)
+    logits = torch.randn(20, num_experts)
+    logits[3, 5::32] += 20.0
+    logits[10, 7::32] = 30.0
+    logits[11] = logits[11].round()
+    logits[12] = 1.0
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    tile = launch.Tile(rows=4, warps=1, levels=levels)
+    ids, _, _ = launch.route(fused.settings, logits, None, None, tile)
+    assert torch.equal(ids.long(), best)
 
 
 @pytest.mark.parametrize("case_id", ["Default", "DeepSeekV3-8of4", "GroupedSoftmax-max"])

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import BY_SLOTS, IN_MEMORY, close_blocks, follow, place_slots
+from typed_moe.kernels._triton_slots import close_blocks, follow, place_whole
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -143,10 +143,10 @@ def ranking_of(
 
 
 @triton.jit
-def take_best(
+def take_one_by_one(
     key: tl.tensor, expert: tl.tensor, K: tl.constexpr, K_PAD: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The K best of every row, one after the other.
+    """The K best of every row, one after the other, each looked for among all.
 
     Returns (ROWS, K_PAD) ids, and the keys with `TAKEN` on the chosen ones.
     """
@@ -162,92 +162,172 @@ def take_best(
 
 
 @triton.jit
+def move_up(hit: tl.tensor, queue: tl.tuple, LEVELS: tl.constexpr) -> tl.tuple:
+    """Every lane's queue without its first where it was hit, and `TAKEN` behind its last."""
+    moved: tl.tuple = ()
+    for level in tl.static_range(LEVELS - 1):
+        moved = moved + (tl.where(hit, queue[level + 1], queue[level]),)  # noqa: RUF005 - Triton
+    return moved + (tl.where(hit, TAKEN, queue[LEVELS - 1]),)  # noqa: RUF005 - Triton
+
+
+@triton.jit
+def take_from_heads(
+    heads: tl.tuple,
+    experts: tl.tuple,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The K best of every row, each looked for among the (ROWS, W) best of every lane.
+
+    Returns (ROWS, K_PAD) ids, (ROWS,) the key of the last, and (ROWS, W) how many a lane gave.
+    """
+    ROWS: tl.constexpr = heads[0].shape[0]
+    column = tl.arange(0, K_PAD)[None, :]
+    ids = tl.zeros([ROWS, K_PAD], tl.int32)
+    last = tl.zeros([ROWS], tl.int32)
+    given = tl.zeros(heads[0].shape, tl.int32)
+    for step in range(K):
+        last = tl.max(heads[0], 1)
+        chosen = tl.min(tl.where(heads[0] == last[:, None], experts[0], NO_EXPERT), 1)
+        hit = experts[0] == chosen[:, None]
+        heads = move_up(hit, heads, LEVELS)
+        experts = move_up(hit, experts, LEVELS)
+        given += hit.to(tl.int32)
+        ids = tl.where(column == step, chosen[:, None], ids)
+    return ids, last, given
+
+
+@triton.jit
+def take_best(
+    key: tl.tensor,
+    expert: tl.tensor,
+    is_row: tl.tensor,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The K best of every row: (ROWS, K_PAD) ids, and (ROWS, J, W) which they are.
+
+    LEVELS: how many a lane may give. Where one of this program's rows needs more of a lane, all of
+    them are taken again, one by one. 0: they are from the start.
+    """
+    if LEVELS == 0:
+        ids, key = take_one_by_one(key, expert, K, K_PAD)
+        return ids, key == TAKEN
+    else:
+        heads: tl.tuple = ()
+        experts: tl.tuple = ()
+        for _ in tl.static_range(LEVELS):
+            best = tl.max(key, 1)
+            at = tl.min(tl.where(key == tl.expand_dims(best, 1), expert, NO_EXPERT), 1)
+            key = tl.where(expert == tl.expand_dims(at, 1), TAKEN, key)
+            heads = heads + (best,)  # noqa: RUF005 - Triton
+            experts = experts + (at,)  # noqa: RUF005 - Triton
+        ids, last, given = take_from_heads(heads, experts, K, K_PAD, LEVELS)
+        taken = tl.zeros(key.shape, tl.int1)
+        for level in tl.static_range(LEVELS):
+            at = tl.where(given > level, experts[level], -1)
+            taken = taken | (expert == tl.expand_dims(at, 1))
+        # A tie with the last one is among these, since a lower id would come first.
+        missed = tl.max((tl.max(key, 1) >= last[:, None]).to(tl.int32), 1)
+        if tl.max(tl.where(is_row, missed, 0), 0) != 0:
+            for level in tl.static_range(LEVELS):
+                back = tl.expand_dims(experts[LEVELS - 1 - level], 1)
+                key = tl.where(expert == back, tl.expand_dims(heads[LEVELS - 1 - level], 1), key)
+            ids, key = take_one_by_one(key, expert, K, K_PAD)
+            taken = key == TAKEN
+        return ids, taken
+
+
+@triton.jit
+def mark_rows(
+    marks_ptr: tl.tensor, taken: tl.tensor, is_row: tl.tensor, program: tl.tensor
+) -> None:
+    """This program's 8 bits of the marks: bit r is set where its row r chose the expert.
+
+    In one dimension, so that neighbours in a row are written by neighbours in a warp.
+    """
+    ROWS: tl.constexpr = taken.shape[0]
+    PLACES: tl.constexpr = taken.shape[1] * taken.shape[2]
+    bit = tl.where(is_row, tl.full([ROWS], 1, tl.int32) << tl.arange(0, ROWS), 0)
+    mark = tl.reshape(tl.sum(tl.where(taken, bit[:, None, None], 0), 0), [PLACES])
+    first = (program // 4).to(tl.int64) * (4 * PLACES) + program % 4
+    tl.store(marks_ptr + first + tl.arange(0, PLACES) * 4, mark.to(tl.uint8))
+
+
+@triton.jit
 def sort_rows(
     slots_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
     block_experts_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    count: tl.tensor,
-    local: tl.tensor,
-    is_local: tl.tensor,
-    num_slots: tl.tensor,
+    ids: tl.tensor,
+    taken: tl.tensor,
+    num_tokens: tl.tensor,
     first_local: tl.tensor,
     num_local: tl.tensor,
     num_blocks: tl.tensor,
-    SLOTS: tl.constexpr,
-    OTHERS: tl.constexpr,
+    K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The sorted slots of all rows, where one program has them all.
 
-    `count`, `local` and `is_local` (J, W): how many rows chose an expert of this rank, the
-    expert's local id, and whether it is one.
+    `ids` (ROWS, K_PAD), best first, and `taken` (ROWS, J, W), where they are. All is in one dimension
+    here, so that neighbours in memory are written by neighbours in a warp.
     """
-    PLACES: tl.constexpr = count.shape[0] * count.shape[1]
-    flat = tl.reshape(count, [PLACES])
-    padded = (flat + (BLOCK - 1)) // BLOCK * BLOCK
+    ROWS: tl.constexpr = taken.shape[0]
+    PLACES: tl.constexpr = taken.shape[1] * taken.shape[2]
+    is_row = (tl.arange(0, ROWS) < num_tokens)[:, None, None]
+    place = tl.arange(0, PLACES)
+    local = place // GROUP_PAD * GROUP_SIZE + place % GROUP_PAD - first_local
+    is_local = (place % GROUP_PAD < GROUP_SIZE) & (local >= 0) & (local < num_local)
+    count = tl.reshape(tl.sum((taken & is_row).to(tl.int32), 0), [PLACES])
+    count = tl.where(is_local, count, 0)
+    padded = (count + (BLOCK - 1)) // BLOCK * BLOCK
     start = tl.cumsum(padded, 0) - padded
     used = tl.sum(padded, 0)
     tl.store(counts_ptr + local, count, mask=is_local)
-    tl.store(offsets_ptr + local, tl.reshape(start, count.shape), mask=is_local)
+    tl.store(offsets_ptr + local, start, mask=is_local)
     tl.store(offsets_ptr + num_local, used)
-    # What this program has written, ids among it, it reads again from here on.
-    tl.debug_barrier()
-    nothing = num_slots - num_slots
-    place_slots(
+    place_whole(
         slots_ptr,
         block_experts_ptr,
-        ids_ptr,
-        offsets_ptr,
-        counts_ptr,
-        nothing,
-        num_slots,
+        ids,
+        start,
+        count,
+        num_tokens,
         first_local,
         num_local,
-        SLOTS,
-        SLOTS,
-        OTHERS,
+        K,
+        GROUP_SIZE,
+        GROUP_PAD,
         BLOCK,
-        IN_MEMORY,
-        BY_SLOTS,
     )
+    nothing = num_tokens - num_tokens
     close_blocks(block_experts_ptr, used // BLOCK, num_blocks, nothing, nothing + 1)
 
 
-# `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
-# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane. The bias
-# is read as if there were one per row, `bias_row_stride` being 0, so that it is dealt out likewise.
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "row_stride",
-        "bias_row_stride",
-        "first_local",
-        "num_local",
-        "num_blocks",
-    ]
-)
-def route_kernel(
+# The bias is read as if there were one per row, `bias_row_stride` being 0, so that it is dealt out to
+# lanes as the logits are.
+@triton.jit
+def route_rows(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
-    chunk_counts_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    counts_ptr: tl.tensor,
-    offsets_ptr: tl.tensor,
-    block_experts_ptr: tl.tensor,
-    num_tokens: tl.tensor,
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    expert: tl.tensor,
+    is_expert: tl.tensor,
     row_stride: tl.tensor,
     bias_row_stride: tl.tensor,
     scale: tl.tensor,
-    first_local: tl.tensor,
-    num_local: tl.tensor,
-    num_blocks: tl.tensor,
-    E: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
     RANK: tl.constexpr,
     WEIGH: tl.constexpr,
     DIVIDE: tl.constexpr,
@@ -255,33 +335,10 @@ def route_kernel(
     NUM_GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
     TWO_BEST: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     G: tl.constexpr,
-    J: tl.constexpr,
-    ROWS: tl.constexpr,
-    W: tl.constexpr,
-    SORT: tl.constexpr,
-    OTHERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    L_PAD: tl.constexpr,
     DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """ROWS rows: ids and weights, best first.
-
-    `SORT` is `none`; `count`, which also writes how many of these rows chose each local expert;
-    or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
-    them.
-    """
-    follow(PDL)
-    program = tl.program_id(0)
-    place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    within = place % GROUP_PAD
-    expert = (place // GROUP_PAD) * GROUP_SIZE + within
-    is_expert = (within < GROUP_SIZE) & (expert < E)
-    rows = program * ROWS + tl.arange(0, ROWS)
-    is_row = rows < num_tokens
+) -> tuple[tl.tensor, tl.tensor]:
+    """These rows' ids and weights, best first. Returns (ROWS, K_PAD) ids and (ROWS, J, W) which they are."""
     row_start = logits_ptr + rows.to(tl.int64) * row_stride
     x = tl.load(
         row_start[:, None, None] + expert,
@@ -303,7 +360,7 @@ def route_kernel(
     expert = tl.where(is_expert, expert, NO_EXPERT)
     if NUM_GROUPS > 1:
         key = keep_groups(key, expert, NUM_GROUPS, KEPT, TWO_BEST, G)
-    ids, key = take_best(key, expert, K, K_PAD)
+    ids, taken = take_best(key, expert, is_row, K, K_PAD, LEVELS)
 
     # The chosen logits again, from the cache: to carry them along would be a reduction per choice.
     column = tl.arange(0, K_PAD)[None, :]
@@ -315,31 +372,114 @@ def route_kernel(
     out = rows[:, None].to(tl.int64) * K + column
     tl.store(ids_ptr + out, ids, mask=used)
     tl.store(weights_ptr + out, weight, mask=used)
+    return ids, taken
 
-    if SORT != "none":
-        local = tl.reshape(expert - first_local, [J, W])
-        is_local = (local >= 0) & (local < num_local)
-        taken = (key == TAKEN) & is_row[:, None, None]
-        mine = (taken & tl.expand_dims(is_local, 0)).to(tl.int32)
-        count = tl.sum(mine, 0)
-        if SORT == "count":
-            at = chunk_counts_ptr + program * L_PAD + local
-            tl.store(at, count.to(tl.uint8), mask=is_local)
-        else:
-            sort_rows(
-                slots_ptr,
-                counts_ptr,
-                offsets_ptr,
-                block_experts_ptr,
-                ids_ptr,
-                count,
-                local,
-                is_local,
-                num_tokens * K,
-                first_local,
-                num_local,
-                num_blocks,
-                ROWS * K_PAD,
-                OTHERS,
-                BLOCK,
-            )
+
+# `do_not_specialize`: one compilation serves every T and stride. And a stride of unknown alignment
+# keeps Triton from dealing W out in vectors of four: it is dealt out one place to a lane.
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "row_stride",
+        "bias_row_stride",
+        "first_local",
+        "num_local",
+        "num_blocks",
+    ]
+)
+def route_kernel(
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    block_experts_ptr: tl.tensor,
+    num_tokens: tl.tensor,
+    row_stride: tl.tensor,
+    bias_row_stride: tl.tensor,
+    scale: tl.tensor,
+    first_local: tl.tensor,
+    num_local: tl.tensor,
+    num_blocks: tl.tensor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    RANK: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    BIASED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    TWO_BEST: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    G: tl.constexpr,
+    J: tl.constexpr,
+    ROWS: tl.constexpr,
+    W: tl.constexpr,
+    SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """ROWS rows: ids and weights, best first.
+
+    `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
+    or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
+    them.
+    """
+    follow(PDL)
+    program = tl.program_id(0)
+    place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    within = place % GROUP_PAD
+    expert = (place // GROUP_PAD) * GROUP_SIZE + within
+    is_expert = (within < GROUP_SIZE) & (expert < E)
+    rows = program * ROWS + tl.arange(0, ROWS)
+    ids, taken = route_rows(
+        logits_ptr,
+        bias_ptr,
+        ids_ptr,
+        weights_ptr,
+        rows,
+        rows < num_tokens,
+        expert,
+        is_expert,
+        row_stride,
+        bias_row_stride,
+        scale,
+        K,
+        K_PAD,
+        LEVELS,
+        RANK,
+        WEIGH,
+        DIVIDE,
+        BIASED,
+        NUM_GROUPS,
+        KEPT,
+        TWO_BEST,
+        G,
+        DEVICE,
+    )
+    if SORT == "mark":
+        mark_rows(marks_ptr, taken, rows < num_tokens, program)
+    elif SORT == "whole":
+        sort_rows(
+            slots_ptr,
+            counts_ptr,
+            offsets_ptr,
+            block_experts_ptr,
+            ids,
+            taken,
+            num_tokens,
+            first_local,
+            num_local,
+            num_blocks,
+            K,
+            GROUP_SIZE,
+            GROUP_PAD,
+            BLOCK,
+        )

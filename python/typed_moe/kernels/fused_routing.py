@@ -122,7 +122,7 @@ class FusedRouting:
     def with_slots(
         self, router_logits: Tensor, e_score_correction_bias: Tensor | None, request: SortRequest
     ) -> tuple[Routed, SortedSlots]:
-        """The same, with the slots of the local experts sorted: one launch for few rows, else two.
+        """The same, with the slots of the local experts sorted: one launch for few rows, else two or three.
 
         Bit for bit the same from run to run: no atomics. Not for code under torch.compile.
 

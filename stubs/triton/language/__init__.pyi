@@ -1,3 +1,4 @@
+from builtins import tuple as _tuple
 from collections.abc import Sequence
 from typing import TypeAlias, overload
 
@@ -23,6 +24,7 @@ class constexpr:
     def __radd__(self, other: int) -> constexpr: ...
     def __rmul__(self, other: int) -> constexpr: ...
     # A loop's number stays one.
+    def __rmul__(self, other: int) -> int: ...
     def __rfloordiv__(self, other: int) -> int: ...
 
 _Value: TypeAlias = tensor | constexpr | int | float
@@ -41,7 +43,7 @@ class tensor:
     def to(
         self, dtype: dtype, fp_downcast_rounding: str | None = None, bitcast: bool = False
     ) -> tensor: ...
-    def __getitem__(self, slices: tuple[slice[None, None, None] | None, ...]) -> tensor: ...
+    def __getitem__(self, slices: _tuple[slice[None, None, None] | None, ...]) -> tensor: ...
     def __bool__(self) -> bool: ...
     @override
     def __eq__(self, other: object) -> tensor: ...  # type: ignore[override]
@@ -56,6 +58,7 @@ class tensor:
     def __add__(self, other: _Value) -> tensor: ...
     def __radd__(self, other: _Value) -> tensor: ...
     def __sub__(self, other: _Value) -> tensor: ...
+    def __rsub__(self, other: _Value) -> tensor: ...
     def __mul__(self, other: _Value) -> tensor: ...
     def __truediv__(self, other: _Value) -> tensor: ...
     def __floordiv__(self, other: _Value) -> tensor: ...
@@ -66,9 +69,14 @@ class tensor:
     def __lshift__(self, other: _Value) -> tensor: ...
     def __rshift__(self, other: _Value) -> tensor: ...
 
+# What a tuple is inside a kernel.
+tuple: TypeAlias = _tuple[tensor, ...]
+
+int1: dtype
 int32: dtype
 int64: dtype
 uint8: dtype
+uint32: dtype
 float32: dtype
 bfloat16: dtype
 float8e4nv: dtype
@@ -83,7 +91,7 @@ def load(
     pointer: tensor,
     mask: tensor | None = None,
     other: tensor | float | None = None,
-    boundary_check: tuple[int, ...] = (),
+    boundary_check: _tuple[int, ...] = (),
     padding_option: str = "",
     cache_modifier: str = "",
     eviction_policy: str = "",
@@ -93,7 +101,7 @@ def store(
     pointer: tensor,
     value: tensor,
     mask: tensor | None = None,
-    boundary_check: tuple[int, ...] = (),
+    boundary_check: _tuple[int, ...] = (),
     cache_modifier: str = "",
     eviction_policy: str = "",
 ) -> None: ...
@@ -147,7 +155,7 @@ def inline_asm_elementwise(
     asm: str | constexpr,
     constraints: str,
     args: Sequence[tensor],
-    dtype: tuple[dtype, dtype],
+    dtype: _tuple[dtype, dtype],
     is_pure: bool,
     pack: int,
-) -> tuple[tensor, tensor]: ...
+) -> _tuple[tensor, tensor]: ...
