@@ -109,6 +109,7 @@ test-sglang: $(SGLANG_VENV)/.test  ## the tests against the real SGLang, on a ma
 test-triton: $(SGLANG_VENV)/.test  ## the Triton kernels in Triton's interpreter
 	TRITON_INTERPRET=1 $(SGLANG_BIN)/python -m pytest -p no:cacheprovider -W default -q \
 	    --numprocesses $(JOBS) tests/kernels/test_fused_routing.py tests/kernels/test_triton_experts.py \
+	    tests/kernels/test_deep_gemm.py \
 	    tests/cli/test_tune.py::test_the_kernels_run_with_every_tile_that_is_tried \
 	    tests/cli/test_tune.py::test_tiles_are_called_in_other_processes
 

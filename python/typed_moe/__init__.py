@@ -28,6 +28,8 @@ from typed_moe.config import (
 )
 from typed_moe.errors import CheckpointError, UnsupportedRouting
 from typed_moe.kernels import (
+    BySizeKernel,
+    DeepGemmKernel,
     FlashInferKernel,
     MoeKernel,
     ReferenceKernel,
@@ -90,9 +92,11 @@ __all__ = [
     "Bf16",
     "BiasRule",
     "BiasedSigmoid",
+    "BySizeKernel",
     "Candidate",
     "CheckpointError",
     "CheckpointLayout",
+    "DeepGemmKernel",
     "DeepSeekV3",
     "Default",
     "Dispatched",

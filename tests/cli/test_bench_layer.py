@@ -20,7 +20,7 @@ from tests.cli.calls import Cli, items, number, part
 from tests.cli.clocks import EAGER_US, GRAPH_US, PEAK_BYTES, ToldClocks
 from tests.cli.plain import rule_of
 from tests.models.hf import quiet_import
-from typed_moe.cli import _bench_layer_command, _bench_weights, _peer_cutile
+from typed_moe.cli import _bench_layer_command, _bench_weights, _peer, _peer_cutile
 from typed_moe.cli._bench_card import Card, floor_of, measure_card
 from typed_moe.cli._bench_layer import Block, Cell, LayerBench, bench_layer
 from typed_moe.cli._bench_shapes import SHAPE_NAMES, LayerShape, chosen_shapes, layer_shapes
@@ -32,6 +32,7 @@ from typed_moe.cli._peer_transformers import Transformers
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._verify_expected import as_read
 from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxFp4, MxFp8, Nvfp4
+from typed_moe.kernels import DeepGemmKernel, ReferenceKernel
 from typed_moe.routing import BiasRule, Refused
 from typed_moe.testing._oracle import experts_float64
 
@@ -423,10 +424,46 @@ def test_a_wrong_layer_of_ours_is_exit_status_1(
     cli: Cli, told: ToldClocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bent = Bent(change=lambda output: output * 1.02, name="typed-moe")
-    monkeypatch.setattr(_bench_layer_command, "sides", lambda peers: (bent,))
+    monkeypatch.setattr(_bench_layer_command, "sides", lambda peers, kernels: (bent,))
     done = cli("bench", "layer", "--model", "glm-4.5-air", "--tokens", "8", "--format", "bf16")
     assert done.status == 1
     assert "typed-moe wrong: the error is" in done.out
+    assert told.graphs == 0
+
+
+@pytest.mark.usefixtures("told")
+def test_kernels_by_name_are_columns(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each a layer on that kernel, by its name in the report; one that is not there is a line."""
+    kernels = {"triton": ReferenceKernel, "deep_gemm": DeepGemmKernel}
+    monkeypatch.setattr(_peer, "_KERNELS", kernels)
+    report = tmp_path / "report.json"
+    argv = ("--model", "glm-4.5-air", "--format", "bf16", "--tokens", "8", "--peer", "none")
+    named = ("--kernel", "triton", "--kernel", "deep_gemm", "--kernel", "triton")
+    done = cli("bench", "layer", *argv, *named, "--json", str(report))
+    data = json.loads(report.read_text())
+    first, second = items(data, "rows")
+    (block,) = items(data, "blocks")
+
+    assert done.status == 0
+    assert (first["side"], first["state"]) == ("triton", "timed")
+    assert "kernel reference" in str(part(block, "sides")["triton"])
+    assert (second["side"], second["state"]) == ("deep_gemm", "absent")
+    assert "deep_gemm" in str(second["reason"])
+    assert (block["num_experts"], block["top_k"]) == (EXPERTS, 4)
+    assert (block["hidden_size"], block["intermediate_size"]) == (HIDDEN, INTERMEDIATE)
+    assert block["libraries"] == {}
+    assert str(data["date"]).count("-") == 2
+
+
+def test_a_wrong_layer_on_a_kernel_by_name_is_exit_status_1(
+    cli: Cli, told: ToldClocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bent = Bent(change=lambda output: output * 1.02, name="triton")
+    monkeypatch.setattr(_bench_layer_command, "sides", lambda peers, kernels: (bent,))
+    argv = ("--model", "glm-4.5-air", "--tokens", "8", "--format", "bf16", "--kernel", "triton")
+    assert cli("bench", "layer", *argv).status == 1
     assert told.graphs == 0
 
 
@@ -447,6 +484,7 @@ def test_a_format_that_cannot_store_a_shape_is_a_line(
         (("--model", "qwen"), "--model is 'qwen'; allowed: qwen3-30b-a3b, deepseek-v3-32"),
         (("--format", "fp4"), "--format is 'fp4'; allowed: unquantized, bf16"),
         (("--peer", "vllm"), "--peer is 'vllm'; allowed: torch, transformers, flashinfer-cutile"),
+        (("--kernel", "vllm"), "--kernel is 'vllm'; allowed: triton, deep_gemm"),
         (("--tokens", "0"), "--tokens is 0; allowed: 1 to 1048576"),
         (("--json", "/no/such/folder/x.json"), "there is no folder /no/such/folder"),
         (("--json", "/tmp"), "/tmp is a folder; name a file in it"),

@@ -250,7 +250,8 @@ def test_a_kernel_that_there_is_none_of(name: str, cli: Cli) -> None:
     done = cli("verify", "--device", "cpu", "--kernel", name)
 
     assert done.status == 2
-    assert done.err == (f"error: --kernel is {name!r}; allowed: reference, flashinfer, triton\n")
+    allowed = "reference, flashinfer, triton, deep_gemm"
+    assert done.err == f"error: --kernel is {name!r}; allowed: {allowed}\n"
 
 
 def test_one_kernel_alone(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typed_moe.cli._bench_routing import ROUTER_NAMES
 from typed_moe.cli._bench_routing_command import RoutingOptions, run_bench_routing
 from typed_moe.cli._bench_shapes import SHAPE_NAMES
 from typed_moe.cli._output import print_json, stdout
-from typed_moe.cli._peer import PEERS
+from typed_moe.cli._peer import KERNELS, PEERS
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._tune_command import TuneOptions, run_tune
 from typed_moe.config import FORMATS
@@ -76,6 +76,15 @@ def bench_layer_command(
             show_default=False,
         ),
     ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            help=f"Repeatable: {', '.join(KERNELS)}; the plan's choice without. The report of several, "
+            "named in TYPED_MOE_TIMES, makes plans choose by it.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: _JsonFile = None,
     picture: Annotated[
         Path | None,
@@ -100,6 +109,7 @@ def bench_layer_command(
             formats=tuple(quant or ()),
             tokens=tuple(tokens or ()),
             peers=tuple(peer or ()),
+            kernels=tuple(kernel or ()),
             json_file=json_file,
             picture=picture,
             launches=launches,

@@ -94,6 +94,7 @@ class Block:
         shape, format: whose.
         layers: whose weights the calls go round over.
         about: what each side is, by name.
+        libraries: whose kernels this package's layer calls, by side, where it calls any.
         cells: the measurements.
     """
 
@@ -101,6 +102,7 @@ class Block:
     format: str
     layers: int
     about: tuple[tuple[str, str], ...]
+    libraries: tuple[tuple[str, str], ...] = ()
     cells: tuple[Cell, ...]
 
 
@@ -141,6 +143,11 @@ class LayerBench:
             about=tuple(
                 (name, side.reason if isinstance(side, Refused) else side.about)
                 for name, side in built
+            ),
+            libraries=tuple(
+                (name, side.library)
+                for name, side in built
+                if isinstance(side, Built) and side.library is not None
             ),
             cells=tuple(cells),
         )

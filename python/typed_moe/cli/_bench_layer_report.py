@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 import attrs
 import torch
@@ -110,6 +111,7 @@ def layer_json(
     """Everything as plain values."""
     return {
         "machine": {**machine_json(device), "triton": version_of("triton")},
+        "date": datetime.now(UTC).date().isoformat(),
         "command": command,
         "about": ABOUT,
         "card": attrs.asdict(card),
@@ -118,9 +120,14 @@ def layer_json(
                 "model": block.shape.name,
                 "about": block.shape.about,
                 "sizes": block.shape.sizes,
+                "num_experts": block.shape.num_experts,
+                "top_k": block.shape.top_k,
+                "hidden_size": block.shape.hidden_size,
+                "intermediate_size": block.shape.intermediate_size,
                 "format": block.format,
                 "layers": block.layers,
                 "sides": dict(block.about),
+                "libraries": dict(block.libraries),
             }
             for block in blocks
         ],

@@ -12,6 +12,7 @@ from torch import Tensor
 from typed_moe.cli._bench_weights import StoredLayer, make_layer
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._verify_kernels import triton_rounds_intermediate
+from typed_moe.kernels import DeepGemmKernel, MoeKernel, TritonKernel, installed_deep_gemm
 from typed_moe.routing import Refused
 
 
@@ -35,6 +36,7 @@ class Built:
             error.
         rounds_intermediate: between the two matrices as the format does.
         tune: called once for each T, before anything is checked or timed.
+        library: whose kernels this package's layer calls, with its version; None: its own.
     """
 
     layers: tuple[Runnable, ...]
@@ -42,6 +44,7 @@ class Built:
     roundings: int = 0
     rounds_intermediate: bool = True
     tune: Runnable | None = None
+    library: str | None = None
 
 
 class Side(Protocol):
@@ -60,24 +63,43 @@ class Side(Protocol):
 @final
 @attrs.frozen(kw_only=True)
 class Ours:
-    """`FusedMoE`, with the kernel that its plan chooses."""
+    """`FusedMoE`, with the kernel that its plan chooses, or with this one.
+
+    Attributes:
+        name: of the column; a kernel's own, so that its times are found by it.
+        kernel: None leaves it to the plan.
+    """
 
     name: str = "typed-moe"
+    kernel: MoeKernel | None = None
 
     def build(self, stored: Sequence[StoredLayer], /) -> Built | Refused:
         """With the weights copied in: a kernel may rearrange them."""
         try:
-            layers = tuple(make_layer(one) for one in stored)
+            layers = tuple(make_layer(one, self.kernel) for one in stored)
         except ValueError as error:
             return Refused(" ".join(str(error).split()))
         plan = layers[0].plan
         request = plan.request
+        library = library_of(plan.kernel)
+        by = "" if library is None else f", {library}"
         return Built(
             layers=layers,
-            about=f"FusedMoE, kernel {plan.kernel}, {plan.form.value} routing",
+            about=f"FusedMoE, kernel {plan.kernel}{by}, {plan.form.value} routing",
+            # The first product of a library's comes back in bfloat16: gate and up projection.
+            roundings=0 if library is None else _LIBRARY_ROUNDINGS,
             rounds_intermediate=plan.kernel != "triton"
             or triton_rounds_intermediate(request.quant, request.device),
+            library=library,
         )
+
+
+def library_of(kernel: str) -> str | None:
+    """Distribution and version of the library that a plan's kernel calls; None: it calls none."""
+    if DeepGemmKernel().name not in kernel:
+        return None
+    found = installed_deep_gemm()
+    return None if isinstance(found, Refused) else found.name
 
 
 def _torch() -> Side:
@@ -103,18 +125,28 @@ _PEERS: Mapping[str, Callable[[], Side]] = MappingProxyType(
 )
 PEERS: tuple[str, ...] = tuple(_PEERS)
 """What `--peer` takes."""
+_KERNELS: Mapping[str, Callable[[], MoeKernel]] = MappingProxyType(
+    {"triton": TritonKernel, "deep_gemm": DeepGemmKernel}
+)
+KERNELS: tuple[str, ...] = tuple(_KERNELS)
+"""What `--kernel` takes."""
+_LIBRARY_ROUNDINGS = 2
 
 
-def sides(peers: tuple[str, ...]) -> tuple[Side, ...]:
-    """This package's layer, then these peers; all of them, where none is named.
+def sides(peers: tuple[str, ...], kernels: tuple[str, ...] = ()) -> tuple[Side, ...]:
+    """This package's layer, or one for each of these kernels; then these peers, all where none is named.
 
     Raises:
-        UserError: no such peer, or one beside `none`.
+        UserError: no such peer or kernel, or a peer beside `none`.
     """
+    unknown = [name for name in kernels if name not in _KERNELS]
+    if unknown:
+        raise UserError(f"--kernel is {unknown[0]!r}; allowed: {', '.join(KERNELS)}")
     unknown = [name for name in peers if name not in _PEERS and name != "none"]
     if unknown:
         raise UserError(f"--peer is {unknown[0]!r}; allowed: {', '.join(PEERS)}, none")
     if "none" in peers and len(peers) > 1:
         raise UserError("--peer is 'none' beside others; allowed: 'none' alone, or names")
     names = [name for name in peers if name != "none"] if peers else PEERS
-    return (Ours(), *(_PEERS[name]() for name in names))
+    ours = [Ours(name=name, kernel=_KERNELS[name]()) for name in dict.fromkeys(kernels)]
+    return (*(ours or [Ours()]), *(_PEERS[name]() for name in names))

@@ -24,11 +24,13 @@ from typed_moe.config import (
     Swiglu,
 )
 from typed_moe.kernels import (
+    DeepGemmKernel,
     FlashInferKernel,
     MoeKernel,
     ReferenceKernel,
     TritonKernel,
     fused_routing_refusal,
+    installed_deep_gemm,
     installed_flashinfer,
 )
 from typed_moe.routing import Refused, RoutingForm
@@ -146,6 +148,38 @@ class Triton:
     def kernel(self) -> MoeKernel:
         """It has no state."""
         return TritonKernel()
+
+    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
+        """It computes everything that its rules let through."""
+        del quant, form, method
+        return Weighing.FOLLOWED
+
+    def given(self) -> tuple[Tensor, Tensor] | None:
+        """Its output shows them."""
+        return None
+
+
+@final
+@attrs.frozen(kw_only=True)
+class DeepGemm:
+    """The layer on DeepGEMM's grouped products, for Hopper cards."""
+
+    name: str = "deep_gemm"
+    stops_before_sum: bool = True
+
+    def rounds_intermediate(self, quant: Format) -> bool:
+        """In both of its formats."""
+        del quant
+        return True
+
+    def activation(self, quant: Format) -> Activation:
+        """What most models have."""
+        del quant
+        return Swiglu()
+
+    def kernel(self) -> MoeKernel:
+        """It has no state."""
+        return DeepGemmKernel()
 
     def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
         """It computes everything that its rules let through."""
@@ -284,8 +318,22 @@ def _triton(device: torch.device) -> KernelSource | Refused:
     return Triton(device=device) if absent is None else absent
 
 
+def _deep_gemm(device: torch.device) -> KernelSource | Refused:
+    absent = fused_routing_refusal(device)
+    if absent is not None:
+        return absent
+    library = installed_deep_gemm()
+    refused = library if isinstance(library, Refused) else library.refuses(device)
+    return DeepGemm() if refused is None else refused
+
+
 _FINDERS: Mapping[str, _Finder] = MappingProxyType(
-    {"reference": _reference, "flashinfer": _flashinfer, "triton": _triton}
+    {
+        "reference": _reference,
+        "flashinfer": _flashinfer,
+        "triton": _triton,
+        "deep_gemm": _deep_gemm,
+    }
 )
 KERNELS: tuple[str, ...] = tuple(_FINDERS)
 """What `--kernel` takes."""

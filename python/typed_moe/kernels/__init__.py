@@ -27,6 +27,9 @@ from typed_moe.kernels.args import (
     Routing,
     entry_point,
 )
+from typed_moe.kernels.by_size import BySizeKernel, rows_per_expert
+from typed_moe.kernels.deep_gemm import DeepGemmKernel, installed_deep_gemm
+from typed_moe.kernels.deep_gemm import layer_refusal as deep_gemm_layer_refusal
 from typed_moe.kernels.flashinfer import FlashInferKernel, installed_flashinfer
 from typed_moe.kernels.flashinfer import layer_refusal as flashinfer_layer_refusal
 from typed_moe.kernels.fused_routing import (
@@ -44,6 +47,8 @@ __all__ = [
     "FUSED_RULES",
     "ActivationType",
     "Bf16MoeArgs",
+    "BySizeKernel",
+    "DeepGemmKernel",
     "ExpertArgs",
     "ExpertWeights",
     "Family",
@@ -70,12 +75,15 @@ __all__ = [
     "UnfinalizedRules",
     "activation_arguments",
     "append_shared",
+    "deep_gemm_layer_refusal",
     "entry_point",
     "flashinfer_layer_refusal",
     "fused_route",
     "fused_routing",
     "fused_routing_refusal",
+    "installed_deep_gemm",
     "installed_flashinfer",
     "route_reference",
+    "rows_per_expert",
     "sort_slots",
 ]

@@ -234,7 +234,7 @@ class TritonKernel:
             num_local=experts.local_num_experts + shared,
             block_size=tile.block_m,
         )
-        return tile, _slots(args.routing, experts, request)
+        return tile, routed_slots(args.routing, experts, request)
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
         if self.tile is not None:
@@ -364,7 +364,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
+def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
     """A record's routing, by the fused routing kernel or as given, sorted by expert."""
     if isinstance(routing, Precomputed):
         return _sorted(routing, request, on_input=False)

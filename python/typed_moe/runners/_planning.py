@@ -36,6 +36,7 @@ from typed_moe.routing import (
 )
 from typed_moe.runners._flashinfer_candidates import flashinfer_candidates
 from typed_moe.runners._plan import Candidate, Plan
+from typed_moe.runners._providers import Offer, provider_offers
 
 
 @final
@@ -114,23 +115,44 @@ class _Absent:
     refused: Refused
 
 
-def _options(request: KernelRequest, kernel: MoeKernel | None) -> tuple[MoeKernel | _Absent, ...]:
+@final
+@attrs.frozen
+class _Option:
+    """A kernel to be asked, and what was measured of it, if it comes before the next one for that."""
+
+    kernel: MoeKernel
+    measured: str | None = None
+
+    def said(self, reason: str) -> str:
+        """The reason, and what was measured."""
+        return reason if self.measured is None else f"{reason}; {self.measured}"
+
+
+def _options(request: KernelRequest, kernel: MoeKernel | None) -> tuple[_Option | _Absent, ...]:
     """The kernels to consider, the preferred one first."""
     if kernel is not None:
-        return (kernel,)
+        return (_Option(kernel),)
     library = installed_flashinfer(request.device)
-    fused: MoeKernel | _Absent
+    fused: _Option | _Absent
     if isinstance(library, Refused):
         fused = _Absent("flashinfer", library)
     else:
-        fused = FlashInferKernel(library)
+        fused = _Option(FlashInferKernel(library))
     if request.device.type != "cuda":
-        return (fused, ReferenceKernel())
+        return (fused, _Option(ReferenceKernel()))
     only_if_asked = Refused(
         "runs on a CUDA device only when asked for; pass kernel=ReferenceKernel() to run it in "
         "float32 PyTorch there"
     )
-    return (fused, TritonKernel(), _Absent("reference", only_if_asked))
+    measured = (_measured(offer) for offer in provider_offers(request))
+    return (fused, *measured, _Option(TritonKernel()), _Absent("reference", only_if_asked))
+
+
+def _measured(offer: Offer) -> _Option | _Absent:
+    """A library's kernel: by what was measured faster than the next one, or not to be asked."""
+    if offer.kernel is None:
+        return _Absent(offer.name, Refused(offer.why))
+    return _Option(offer.kernel, offer.why)
 
 
 @final
@@ -146,7 +168,7 @@ class _Taken:
 
 
 def _take(
-    option: MoeKernel | _Absent,
+    option: _Option | _Absent,
     request: KernelRequest,
     strategy: RoutingStrategy,
     form: RoutingForm | None,
@@ -156,19 +178,20 @@ def _take(
             return _Taken(candidates=flashinfer_candidates(request, strategy, option.refused))
         candidate = _candidate(option.name, RoutingForm.IN_KERNEL, option.refused.reason)
         return _Taken(candidates=(candidate,))
-    name, rules = option.name, option.rules(request)
+    kernel = option.kernel
+    name, rules = kernel.name, kernel.rules(request)
     if isinstance(rules, Refused):
-        return _Taken(candidates=(_candidate(name, RoutingForm.IN_KERNEL, rules.reason),))
+        candidate = _candidate(name, RoutingForm.IN_KERNEL, option.said(rules.reason))
+        return _Taken(candidates=(candidate,))
     in_kernel = strategy.in_kernel(request.shape, rules)
     if form is RoutingForm.PRECOMPUTED and isinstance(in_kernel, InKernel):
         in_kernel = Refused("precomputed routing was asked for")
     if isinstance(in_kernel, InKernel):
-        candidate = _candidate(
-            name, RoutingForm.IN_KERNEL, "serves this layer on this device", taken=True
-        )
+        why = option.said("serves this layer on this device")
+        candidate = _candidate(name, RoutingForm.IN_KERNEL, why, taken=True)
         return _Taken(
             candidates=(candidate,),
-            kernel=option,
+            kernel=kernel,
             form=RoutingForm.IN_KERNEL,
             in_kernel=in_kernel,
         )
@@ -183,9 +206,9 @@ def _take(
         second = _candidate(name, RoutingForm.PRECOMPUTED, given.reason)
         return _Taken(candidates=(first, second))
     why = "it was asked for" if form is RoutingForm.PRECOMPUTED else "any strategy runs so"
-    second = _candidate(name, RoutingForm.PRECOMPUTED, why, taken=True)
+    second = _candidate(name, RoutingForm.PRECOMPUTED, option.said(why), taken=True)
     return _Taken(
-        candidates=(first, second), kernel=option, in_kernel=in_kernel, packed=given.packed
+        candidates=(first, second), kernel=kernel, in_kernel=in_kernel, packed=given.packed
     )
 
 
