@@ -87,10 +87,11 @@ seven bits are set, which is NaN, the sum with one unit carries, and the carry f
 _E8M0_BITS = tl.constexpr(
     """
     {
-        .reg .b32 t;
-        prmt.b32 t, $2, 0, 0x4140;
+        .reg .b32 t, w;
+        mov.b32 w, $2;
+        prmt.b32 t, w, 0, 0x4140;
         shl.b32 $0, t, 7;
-        prmt.b32 t, $2, 0, 0x4342;
+        prmt.b32 t, w, 0, 0x4342;
         shl.b32 $1, t, 7;
     }
     """
@@ -100,15 +101,16 @@ _E8M0_BITS = tl.constexpr(
 _E4M3_FIELDS = tl.constexpr(
     """
     {
-        .reg .b32 t, m, n;
-        prmt.b32 t, $2, 0, 0x1404;
+        .reg .b32 t, m, n, w;
+        mov.b32 w, $2;
+        prmt.b32 t, w, 0, 0x1404;
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
         lop3.b32 m, t, 0x80008000, m, 0xEA;
         and.b32 n, n, 0x08000800;
         mad.lo.u32 $0, n, 15, m;
-        prmt.b32 t, $2, 0, 0x3424;
+        prmt.b32 t, w, 0, 0x3424;
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
