@@ -224,7 +224,9 @@ def test_a_built_in_tile_that_does_not_run_is_a_sentence(card: Card) -> None:
     ],
 )
 def test_heights_follow_the_rows_that_an_expert_has(rows: float, expected: tuple[int, ...]) -> None:
-    assert heights(rows) == expected
+    assert heights(rows, "bf16") == expected
+    least = (8,) if rows <= 64 else ()
+    assert heights(rows, "fp4") == (*least, *expected)
 
 
 def test_every_built_in_tile_is_one_that_is_tried() -> None:

@@ -10,38 +10,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from typed_moe.kernels._triton_formats import factors, fp4_pairs, fp8_values
+from typed_moe.kernels._triton_formats import factors, fp4_values, fp8_values
 
 
 @triton.jit
 def decode_kernel(
     data_ptr: tl.tensor,
     scale_ptr: tl.tensor,
-    low_ptr: tl.tensor,
-    high_ptr: tl.tensor,
+    out_ptr: tl.tensor,
     WEIGHTS: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
-    """ROWS bytes with one scale per program."""
+    """ROWS * 4 elements of two bytes with one scale per program: their values, one part after the other."""
     scale_number = tl.program_id(0)
     at = tl.arange(0, ROWS)[:, None] * 4 + tl.arange(0, 4)[None, :]
     data = tl.load(data_ptr + at)
     factor = factors(tl.load(scale_ptr + scale_number + at * 0), WEIGHTS, True)  # type: ignore[arg-type]
-    out = scale_number * (ROWS * 4) + at
     if WEIGHTS == "mxfp8":
-        tl.store(low_ptr + out, fp8_values(data, factor, True))  # type: ignore[arg-type]
+        out = out_ptr + scale_number * (ROWS * 8) + at
+        low, high = fp8_values(data, factor, True)  # type: ignore[arg-type]
+        tl.store(out, low)
+        tl.store(out + ROWS * 4, high)
     else:
-        low, high = fp4_pairs(data, factor, True)  # type: ignore[arg-type]
-        tl.store(low_ptr + out, low)
-        tl.store(high_ptr + out, high)
+        out = out_ptr + scale_number * (ROWS * 16) + at
+        a, b, c, d = fp4_values(data, factor, True)  # type: ignore[arg-type]
+        tl.store(out, a)
+        tl.store(out + ROWS * 4, b)
+        tl.store(out + ROWS * 8, c)
+        tl.store(out + ROWS * 12, d)
 
 
-def decoded(weights: str, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Every byte times these scales, over 2^32: (scales, 256) bfloat16 twice; for MXFP8 once and zeros."""
-    data = torch.arange(256, dtype=torch.uint8, device="cuda")
-    low = torch.zeros(len(scales), 256, dtype=torch.bfloat16, device="cuda")
-    high = torch.zeros_like(low)
+def decoded(weights: str, data: Tensor, scales: Tensor) -> Tensor:
+    """Every byte of `data` (256,) times these scales, over 2^32: (scales, values) bfloat16, in order."""
+    elements = data.cuda().view(torch.int16)
+    parts = 2 if weights == "mxfp8" else 4
+    out = torch.empty(len(scales), parts, len(elements), dtype=torch.bfloat16, device="cuda")
     decode_kernel[(len(scales),)](
-        data, scales.cuda().view(torch.uint8), low, high, WEIGHTS=weights, ROWS=64
+        elements,
+        scales.cuda().view(torch.uint8),
+        out,
+        WEIGHTS=weights,
+        ROWS=len(elements) // 4,
     )
-    return low.cpu(), high.cpu()
+    return out.mT.flatten(1).cpu()

@@ -218,29 +218,25 @@ def test_skipped_slots_and_unfinalized(name: RecordName) -> None:
 
 
 class _Decoding(Protocol):
-    def decoded(self, weights: str, scales: Tensor) -> tuple[Tensor, Tensor]: ...
+    def decoded(self, weights: str, data: Tensor, scales: Tensor) -> Tensor: ...
 
 
 @pytest.mark.parametrize("weights", ["mxfp8", "mxfp4", "nvfp4"])
 def test_every_byte_times_every_scale(weights: str) -> None:
-    """Exactly the format's values over 2^32, or their nearest bfloat16 where it ends.
+    """Exactly the format's values over 2^32, or their nearest bfloat16 where it ends, beside every other byte.
 
-    A scale beyond 2^33 (2^39 for MXFP8) leaves nothing finite, and neither does one that is NaN.
+    A scale beyond 2^33 (2^39 for MXFP8) leaves nothing finite, and neither does one that is NaN. The least
+    scale of E8M0, 2^-127, leaves zeros, which are the nearest bfloat16.
     """
     decoding = cast("_Decoding", importlib.import_module("tests.gpu.decoding"))
     byte = torch.arange(256, dtype=torch.uint8)
-    low, high = decoding.decoded(weights, byte)
     scale = e4m3(byte) if weights == "nvfp4" else grids.e8m0(byte)
     most = {"mxfp8": 166, "mxfp4": 160, "nvfp4": 255}[weights]
-    assert not low[most + 1 :].isfinite().any()
-    low, scale = low[: most + 1], scale[: most + 1, None] * 2.0**-32
-    if weights == "mxfp8":
-        assert same(low, e4m3(byte) * scale)
-        return
-    values = grids.e2m1(byte[None, :]).view(256, 2)
-    assert same(low, values[:, 0] * scale)
-    assert not high[most + 1 :].isfinite().any()
-    assert same(high[: most + 1], values[:, 1] * scale)
+    for data in (byte, byte.flip(0), byte.roll(1)):
+        got = decoding.decoded(weights, data, byte)
+        values = e4m3(data) if weights == "mxfp8" else grids.e2m1(data[None, :]).flatten()
+        assert same(got[: most + 1], values * scale[: most + 1, None] * 2.0**-32)
+        assert not got[most + 1 :].isfinite().any()
 
 
 def e4m3(byte: Tensor) -> Tensor:

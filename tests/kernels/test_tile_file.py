@@ -208,6 +208,23 @@ def test_anything_wrong_refuses_the_file(
     assert said in str(raised.value)
 
 
+def test_what_fits_an_operand(tmp_path: Path) -> None:
+    """Blocks of eight rows for MX and FP4 weights alone, and FP4 in steps of 64 values and more."""
+    path = tmp_path / "tiles.json"
+
+    def read(operand: Operand, block_k: int) -> ExpertTile:
+        gemm = GemmTile(block_n=64, block_k=block_k, warps=4, stages=3)
+        tile = ExpertTile(block_m=8, first=gemm, second=gemm)
+        path.write_text(json.dumps(tile_file_json(CARD, {operand: ((2.0**31, tile),)})))
+        return read_tile_file(path).tables[operand][0][1]
+
+    assert read("fp4", 64).block_m == read("mxfp8", 32).block_m == 8
+    with pytest.raises(ValueError, match=r"bf16\[0\].block_m is 8; allowed: \(16, 32"):
+        read("bf16", 64)
+    with pytest.raises(ValueError, match="first has block_k 32; allowed in fp4: 64 and above"):
+        read("fp4", 32)
+
+
 def test_a_tile_is_a_value() -> None:
     """Equal files give equal tiles, which the search counts on."""
     assert attrs.evolve(TILE) == TILE

@@ -242,15 +242,31 @@ def test_fp8_says_nothing_about_mx_and_fp4(fp8: Literal["native", "bits"], quant
 
 @pytest.mark.usefixtures("card")
 def test_a_step_is_whole_groups() -> None:
-    """A tile of one's own that would split the values that share a scale."""
-    gemm = GemmTile(block_n=32, block_k=16, warps=4, stages=2)
+    """A tile of one's own whose step is less than a matrix unit takes of two bytes a time."""
+    gemm = GemmTile(block_n=32, block_k=32, warps=4, stages=2)
     kernel = TritonKernel(
         tile=ExpertTile(block_m=16, first=attrs.evolve(gemm, block_k=64), second=gemm)
     )
     rules = kernel.rules(attrs.evolve(REQUEST, quant=Nvfp4()))
     assert isinstance(rules, Refused)
-    assert "block_k are 64 and 16; allowed in nvfp4: 32 and above" in rules.reason
+    assert "block_k are 64 and 32; allowed in nvfp4: 64 and above" in rules.reason
+    assert isinstance(kernel.rules(attrs.evolve(REQUEST, quant=MxFp8())), KernelRules)
     assert isinstance(kernel.rules(REQUEST), KernelRules)
+
+
+@pytest.mark.usefixtures("card")
+def test_blocks_of_eight_rows_are_for_weights_with_groups() -> None:
+    """There rows are a product's columns, of which eight are enough; not in bfloat16, and not four."""
+    gemm = GemmTile(block_n=32, block_k=64, warps=4, stages=2)
+    eight = TritonKernel(tile=ExpertTile(block_m=8, first=gemm, second=gemm))
+    assert isinstance(eight.rules(attrs.evolve(REQUEST, quant=MxFp4())), KernelRules)
+    rules = eight.rules(REQUEST)
+    assert isinstance(rules, Refused)
+    assert "the tile has a size of 8; allowed: powers of two from 16 on" in rules.reason
+    four = TritonKernel(tile=ExpertTile(block_m=4, first=gemm, second=gemm))
+    rules = four.rules(attrs.evolve(REQUEST, quant=MxFp4()))
+    assert isinstance(rules, Refused)
+    assert "the tile has a size of 4; allowed: powers of two from 8 on" in rules.reason
 
 
 @OPERANDS
@@ -273,5 +289,5 @@ def test_a_tile_for_every_size_and_card(operand: Operand) -> None:
         assert [most for most, _ in table] == sorted({most for most, _ in table})
         heights = [tile_of(table, rows).block_m for rows in (0.01, 1, 8, 8.1, 64, 97, 4096, 2**40)]
         assert heights == sorted(heights)
-        assert heights[0] == 16
+        assert heights[0] == (8 if operand in {"mxfp8", "fp4"} else 16)
         assert heights[-1] == table[-1][1].block_m

@@ -208,7 +208,7 @@ class _Search:
         before = self._time(built_in)
         assert before is not None, "looked at before"
         yield built_in, before
-        for height in heights(rows):
+        for height in heights(rows, self._operand):
             start = of_height(built_in, height)
             for product in (0, 1):
                 for number in range(ROUNDS):

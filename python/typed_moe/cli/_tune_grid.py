@@ -8,9 +8,17 @@ from typing import final
 import attrs
 import torch
 
-from typed_moe.kernels._expert_tiles import PERSISTENT_SIZE, ExpertTile, GemmTile, Operand
+from typed_moe.kernels._expert_tiles import (
+    LEAST_GROUPED_ROWS,
+    PERSISTENT_SIZE,
+    ExpertTile,
+    GemmTile,
+    Operand,
+)
 
 _HEIGHTS = (16, 32, 64, 128)
+_UNPACKED: frozenset[Operand] = frozenset({"mxfp8", "fp4"})
+"""Weights that become bfloat16 in registers."""
 _VALUES_PER_WARP = (4 * 32, 64 * 128)
 """Of a result tile: with fewer lanes idle, with more they do not fit the registers."""
 _GROUPED = 8
@@ -81,8 +89,10 @@ def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
         step = _STEP_BYTES // {"bf16": 2, "fp8": 1}.get(operand, _STEP_BYTES)
         sizes = (height, tile.block_n, tile.block_k)
         return sizes == (PERSISTENT_SIZE, PERSISTENT_SIZE, step)
-    if tile.tma and (height < _TALL or operand in {"mxfp8", "fp4"}):
+    if tile.tma and (height < _TALL or operand in _UNPACKED):
         return False  # weights that are unpacked in registers are loaded without it
+    if height < _HEIGHTS[0]:
+        least //= 2
     return least <= height * tile.block_n // tile.warps <= most
 
 
@@ -122,10 +132,11 @@ def of_height(tile: ExpertTile, height: int) -> ExpertTile:
     return ExpertTile(block_m=height, first=first, second=second)
 
 
-def heights(rows: float) -> tuple[int, ...]:
+def heights(rows: float, operand: Operand) -> tuple[int, ...]:
     """Blocks that experts with so many rows on average can want: not far above, nor far below."""
+    least = (LEAST_GROUPED_ROWS,) if operand in _UNPACKED else ()
     return tuple(
         height
-        for height in _HEIGHTS
+        for height in (*least, *_HEIGHTS)
         if height <= max(_HEIGHTS[0], 4 * rows) and (rows <= _TALL or height >= _TALL)
     )

@@ -74,13 +74,15 @@ class Operands:
 
     @property
     def pack(self) -> int:
-        """Values per element of the weights."""
-        return 2 if self.scales in ("mxfp4", "nvfp4") else 1
+        """Values per element of the weights as the kernels load them: two bytes where they have groups."""
+        if not self.group:
+            return 1
+        return 2 if self.scales == "mxfp8" else 4
 
     @property
     def width(self) -> int:
         """I, the intermediate size."""
-        return self.second.shape[2] * self.pack
+        return self.second.shape[2] * (2 if self.pack == 4 else 1)
 
 
 @final

@@ -25,6 +25,8 @@ _LEAST = 16
 """Rows or columns of a matrix unit's product."""
 PERSISTENT_SIZE = 128
 """Rows of a persistent kernel's tile, and columns of each of its halves."""
+LEAST_GROUPED_ROWS = 8
+"""Rows where weights have a byte of scale for every few values: they are the product's columns there."""
 FP8_BLOCK = 128
 """Values of a sum that share a scale in 128 x 128 blocks, and columns."""
 
@@ -89,25 +91,30 @@ class ExpertTile:
         )
 
 
-def tile_refusal(tile: ExpertTile, *, blocks: bool) -> str | None:
-    """Why no kernel can be made of a tile, or, with `blocks`, none for FP8 in blocks of 128."""
+def tile_refusal(tile: ExpertTile, *, blocks: bool, grouped: bool = False) -> str | None:
+    """Why no kernel can be made of a tile, or, with `blocks`, none for FP8 in blocks of 128.
+
+    `grouped`: for MXFP8, MXFP4 and NVFP4 weights.
+    """
     gemms = (tile.first, tile.second)
-    sizes = [tile.block_m, tile.second_rows]
-    sizes += [size for gemm in gemms for size in (gemm.block_n, gemm.block_k)]
-    wrong = [size for size in sizes if size < _LEAST or size & (size - 1)]
+    rows = LEAST_GROUPED_ROWS if grouped else _LEAST
+    sizes = [(tile.block_m, rows), (tile.second_rows, rows)]
+    sizes += [(size, _LEAST) for gemm in gemms for size in (gemm.block_n, gemm.block_k)]
+    wrong = [(size, least) for size, least in sizes if size < least or size & (size - 1)]
     if wrong:
-        return f"the tile has a size of {wrong[0]}; allowed: powers of two from {_LEAST} on"
+        size, least = wrong[0]
+        return f"the tile has a size of {size}; allowed: powers of two from {least} on"
     if tile.second_rows > tile.block_m:
         return (
             f"the tile's second_block_m is {tile.second_rows}, and its block_m {tile.block_m}; "
             "allowed: a divisor"
         )
     for gemm in gemms:
-        sizes = [tile.block_m, tile.second_rows, gemm.block_n]
-        if gemm.persistent and set(sizes) != {PERSISTENT_SIZE}:
+        fixed = (tile.block_m, tile.second_rows, gemm.block_n)
+        if gemm.persistent and set(fixed) != {PERSISTENT_SIZE}:
             return (
-                f"the tile is persistent with block_m {sizes[0]}, second_block_m {sizes[1]} and "
-                f"block_n {sizes[2]}; allowed: {PERSISTENT_SIZE} each"
+                f"the tile is persistent with block_m {fixed[0]}, second_block_m {fixed[1]} and "
+                f"block_n {fixed[2]}; allowed: {PERSISTENT_SIZE} each"
             )
     most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
     if blocks and most > FP8_BLOCK:
@@ -236,15 +243,23 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
         ),
         "mxfp8": (
             (
+                4,
+                ExpertTile(
+                    block_m=8,
+                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=4),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
+                ),
+            ),
+            (
                 8,
                 ExpertTile(
                     block_m=16,
                     first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
-                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
                 ),
             ),
             (
-                32,
+                16,
                 ExpertTile(
                     block_m=32,
                     first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
@@ -256,29 +271,38 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ExpertTile(
                     block_m=64,
                     first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
-                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
                 ),
             ),
             (
                 2**31,
                 ExpertTile(
                     block_m=128,
-                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
-                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3, group_m=8),
+                    second_block_m=64,
                 ),
             ),
         ),
         "fp4": (
             (
-                8,
+                4,
                 ExpertTile(
-                    block_m=16,
-                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
-                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=4),
+                    block_m=8,
+                    first=GemmTile(block_n=16, block_k=256, warps=2, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
                 ),
             ),
             (
-                32,
+                8,
+                ExpertTile(
+                    block_m=16,
+                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=4),
+                ),
+            ),
+            (
+                16,
                 ExpertTile(
                     block_m=32,
                     first=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
@@ -289,16 +313,17 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 96,
                 ExpertTile(
                     block_m=64,
-                    first=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
-                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3),
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3),
                 ),
             ),
             (
                 2**31,
                 ExpertTile(
                     block_m=128,
-                    first=GemmTile(block_n=64, block_k=128, warps=8, stages=3, group_m=8),
-                    second=GemmTile(block_n=128, block_k=128, warps=8, stages=3, group_m=8),
+                    first=GemmTile(block_n=64, block_k=128, warps=4, stages=3, group_m=8),
+                    second=GemmTile(block_n=128, block_k=128, warps=4, stages=3, group_m=8),
+                    second_block_m=64,
                 ),
             ),
         ),
@@ -364,6 +389,14 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
         ),
         "mxfp8": (
             (
+                4,
+                ExpertTile(
+                    block_m=8,
+                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=128, warps=4, stages=3),
+                ),
+            ),
+            (
                 8,
                 ExpertTile(
                     block_m=16,
@@ -389,6 +422,14 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
             ),
         ),
         "fp4": (
+            (
+                4,
+                ExpertTile(
+                    block_m=8,
+                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                ),
+            ),
             (
                 8,
                 ExpertTile(

@@ -18,6 +18,7 @@ import attrs
 
 from typed_moe.kernels._expert_tiles import (
     FP8_BLOCK,
+    LEAST_GROUPED_ROWS,
     ExpertTile,
     GemmTile,
     Operand,
@@ -33,6 +34,8 @@ _LAST = 2.0**31
 """Rows per expert: more than any call has."""
 
 _HEIGHTS = (16, 32, 64, 128, 256)
+_GROUPED = frozenset({"mxfp8", "fp4"})
+_LEAST_FP4_STEP = 64
 _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         "block_n": (16, 32, 64, 128, 256),
@@ -150,10 +153,11 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
     # bool is an int in Python, and no number of rows.
     if isinstance(most, bool) or not isinstance(most, int | float) or not 0 < most <= _LAST:
         raise ValueError(f"{where}.rows_per_expert is {most!r}; allowed: a number above 0, or null")
-    height = _one_of(row["block_m"], f"{where}.block_m", _HEIGHTS)
+    heights = (LEAST_GROUPED_ROWS, *_HEIGHTS) if operand in _GROUPED else _HEIGHTS
+    height = _one_of(row["block_m"], f"{where}.block_m", heights)
     second = row["second_block_m"]
     if second is not None:
-        fitting = tuple(one for one in _HEIGHTS if one <= height)
+        fitting = tuple(one for one in heights if one <= height)
         second = _one_of(second, f"{where}.second_block_m", fitting)
     tile = ExpertTile(
         block_m=height,
@@ -161,7 +165,7 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
         first=_gemm(operand, row["first"], f"{where}.first"),
         second=_gemm(operand, row["second"], f"{where}.second"),
     )
-    wrong = tile_refusal(tile, blocks=operand == "fp8")
+    wrong = tile_refusal(tile, blocks=operand == "fp8", grouped=operand in _GROUPED)
     if wrong is not None:
         raise ValueError(f"{where}: {wrong}")
     return float(most), tile
@@ -182,6 +186,11 @@ def _gemm(operand: str, data: object, where: str) -> GemmTile:
         raise ValueError(
             f"{where} has block_k {size['block_k']} and block_n {size['block_n']}; allowed in fp8: "
             f"block_k {FP8_BLOCK} and block_n up to {FP8_BLOCK}, the values that share a scale"
+        )
+    if operand == "fp4" and size["block_k"] < _LEAST_FP4_STEP:
+        raise ValueError(
+            f"{where} has block_k {size['block_k']}; allowed in fp4: {_LEAST_FP4_STEP} and above, "
+            "sixteen elements of two bytes"
         )
     return GemmTile(
         block_n=size["block_n"],

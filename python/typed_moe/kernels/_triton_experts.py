@@ -11,7 +11,7 @@ matrix units take it), "bits" (a byte becomes a bfloat16 in registers). WEIGHTS 
 weights have. "block": DeepSeek's, one float32 for 1 x 128 of an activation and for 128 x 128 of a
 weight, so that a step of BLOCK_K = 128 has one product of scales for each row, applied in float32.
 "plain": none in the sum; those of a whole matrix multiply its result. "mxfp8", "mxfp4", "nvfp4": one
-for GROUP values of the sum and one column, PACK values to a byte, and x is bfloat16
+for GROUP values of the sum and one column, PACK values to an element of two bytes, and x is bfloat16
 (`typed_moe.kernels._triton_formats`).
 
 `DEVICE` is False in the interpreter, which has no bfloat16 arithmetic: operands become float32.
@@ -28,8 +28,9 @@ from typed_moe.kernels._triton_activations import activate, clamp
 from typed_moe.kernels._triton_formats import (
     e4m3,
     grouped_sums,
-    halves_to_rows,
     load_rows,
+    parts_to_rows,
+    rows_of_halves,
 )
 from typed_moe.kernels._triton_slots import follow
 
@@ -320,7 +321,6 @@ def first_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
-    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -352,21 +352,19 @@ def first_kernel(
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
     # Columns behind the last one read it again; they are not written.
-    row = halves_to_rows(tl.minimum(n, I - 1), I, PACK)
+    row = parts_to_rows(tl.minimum(n, I - 1), I, PACK)
     if GROUP > 0:
         gate, up = grouped_sums(
             x_ptr + token * x_stride,
             used,
             weight_ptr,
             weight_scale_ptr,
-            expert * (HALVES * I) + row,
-            I,
+            rows_of_halves(expert * (HALVES * I), column * BLOCK_N, I, HALVES, PACK, BLOCK_N),
             HALVES,
             H,
             WEIGHTS,
             GROUP,
             PACK,
-            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -454,7 +452,6 @@ def second_kernel(
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
-    EARLY: tl.constexpr,
     SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -490,13 +487,11 @@ def second_kernel(
             weight_ptr,
             weight_scale_ptr,
             expert * H + row,
-            I,
             _ONE,
             I,
             WEIGHTS,
             GROUP,
             PACK,
-            EARLY,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,

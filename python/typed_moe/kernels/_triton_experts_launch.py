@@ -114,7 +114,7 @@ def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
 
 def _matrix(matrix: Tensor, operands: Operands) -> Tensor:
     """A matrix's elements as the kernels load them."""
-    return matrix.view(torch.uint8) if operands.group else _bytes(matrix, operands.fp8)
+    return matrix.view(torch.int16) if operands.group else _bytes(matrix, operands.fp8)
 
 
 def _scales(scale: Tensor | None, operands: Operands) -> Tensor:
@@ -140,15 +140,6 @@ def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     if tile.tma and (operands.group or matrix.data_ptr() % 16):
         return attrs.evolve(tile, tma=False)
     return tile
-
-
-def _early(operands: Operands, gemm: GemmTile, width: int) -> bool:
-    """Whether a step's scales are too few, or stand too crookedly, for loads of four bytes a thread."""
-    if not operands.group:
-        return False
-    in_row = gemm.block_k // operands.group
-    crooked = in_row % 4 != 0 or width // operands.group % 4 != 0
-    return crooked or gemm.block_n * in_row < 4 * 32 * gemm.warps
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -213,7 +204,6 @@ def first(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
-        EARLY=_early(operands, gemm, x.shape[1]),
         SCALED=scale is not None,
         QUANTIZE=fused,
         BLOCK_M=tile.block_m,
@@ -269,7 +259,6 @@ def second(
         WEIGHTS=operands.scales,
         GROUP=operands.group,
         PACK=operands.pack,
-        EARLY=_early(operands, gemm, width),
         SCALED=hidden_scale is not None,
         PARTS=parts,
         BLOCK_M=tile.second_rows,

@@ -5,10 +5,14 @@ has at most six significant bits, so that it is exact in bfloat16, and the produ
 bfloat16 units. `tl.dot_scaled` does as much for E8M0 below compute capability 10.0, but in 3.6 not for
 E4M3, and the interpreter has none.
 
-Two FP4 values share a byte. Taking a tile of bytes apart along the sum would move it between threads.
-It is cheaper to multiply twice: the low nibbles, which are the even values, with x's even columns, and
-the high ones with its odd columns. For that x stands in two halves, even columns first
-(`typed_moe.kernels._triton_widen`); so does the intermediate.
+Weights are loaded as int16, PACK values each: four of FP4, two of FP8. That is as wide as the bfloat16
+which they become, so that they come from shared memory in the order of a product's operand. Taking a tile
+of them apart along the sum would move it between threads. It is cheaper to multiply PACK times: the lowest
+values with x's columns 0, PACK, 2 PACK ..., the next ones with columns 1, PACK + 1 ... For that x stands in
+PACK parts (`typed_moe.kernels._triton_widen`); so does the intermediate.
+
+Weights are the left operand, whose rows are the matrix's: a product may take it from registers, where they
+are taken apart, and x is the right one, of which eight columns are enough.
 
 Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 """
@@ -28,41 +32,73 @@ _SUNK = tl.constexpr(2.0**32)
 """By how much weights are kept smaller than they are, so that their scale and the difference of the
 exponents' beginnings are one factor in bfloat16; the sums are multiplied by it in float32."""
 _E2M1_LIFT = tl.constexpr(2.0**94)
-_E2M1_EXPONENT = tl.constexpr(94)
-_E2M1_LARGEST = tl.constexpr(255 - 94)
-_E4M3_EXPONENT = tl.constexpr(88)
-_E4M3_LARGEST = tl.constexpr(255 - 88)
-"""126 and 120, less 32: what a group's factor has beyond its scale, and what is infinity with it."""
+_E4M3_LIFT = tl.constexpr(2.0**88)
+"""126 and 120, less 32: what a group's factor has beyond its scale."""
 
-_FP4_PAIRS = tl.constexpr(
+_FP4_FIELDS = tl.constexpr(
     """
     {
-        .reg .b32 t, m, w;
+        .reg .b32 m, w;
         mov.b32 w, $4;
-        prmt.b32 t, w, 0, 0x1404;
-        and.b32 m, t, 0x70007000;
-        shr.b32 m, m, 6;
-        lop3.b32 $2, t, 0x80008000, m, 0xEA;
-        shl.b32 t, t, 4;
-        and.b32 m, t, 0x70007000;
-        shr.b32 m, m, 6;
-        lop3.b32 $0, t, 0x80008000, m, 0xEA;
-        prmt.b32 t, w, 0, 0x3424;
-        and.b32 m, t, 0x70007000;
-        shr.b32 m, m, 6;
-        lop3.b32 $3, t, 0x80008000, m, 0xEA;
-        shl.b32 t, t, 4;
-        and.b32 m, t, 0x70007000;
-        shr.b32 m, m, 6;
-        lop3.b32 $1, t, 0x80008000, m, 0xEA;
+        and.b32 m, w, 0x000F000F;
+        mul.lo.u32 m, m, 0x1040;
+        and.b32 $0, m, 0x81C081C0;
+        and.b32 m, w, 0x00F000F0;
+        mul.lo.u32 m, m, 0x0104;
+        and.b32 $1, m, 0x81C081C0;
+        shr.b32 w, w, 8;
+        and.b32 m, w, 0x000F000F;
+        mul.lo.u32 m, m, 0x1040;
+        and.b32 $2, m, 0x81C081C0;
+        and.b32 m, w, 0x00F000F0;
+        mul.lo.u32 m, m, 0x0104;
+        and.b32 $3, m, 0x81C081C0;
     }
     """
 )
-"""Four bytes to the fields of four bfloat16 of their low nibbles ($0, $1) and of their high ones ($2,
-$3): two bytes are put into the upper bytes of a register's halves, where a nibble's sign is a bfloat16's
-and its magnitude has to be moved down by six (lop3 0xEA: a & b | c)."""
+"""Two elements of four nibbles to the fields of bfloat16: one output for each nibble, of both. A bfloat16's
+sign is twelve bits above the lowest nibble's, its magnitude six: one multiplication shifts by both, and
+what is in neither place is masked. Integers are multiplied beside the units that mask and shift."""
 
-_FP8_PAIRS = tl.constexpr(
+_FP8_FIELDS = tl.constexpr(
+    """
+    {
+        .reg .b32 t, m, n, w;
+        mov.b32 w, $2;
+        shl.b32 m, w, 4;
+        and.b32 m, m, 0x07F007F0;
+        shl.b32 t, w, 8;
+        add.u32 n, m, 0x00100010;
+        lop3.b32 m, t, 0x80008000, m, 0xEA;
+        and.b32 n, n, 0x08000800;
+        mad.lo.u32 $0, n, 15, m;
+        shr.b32 m, w, 4;
+        and.b32 m, m, 0x07F007F0;
+        add.u32 n, m, 0x00100010;
+        lop3.b32 m, w, 0x80008000, m, 0xEA;
+        and.b32 n, n, 0x08000800;
+        mad.lo.u32 $1, n, 15, m;
+    }
+    """
+)
+"""Two elements of two E4M3 bytes to the fields of bfloat16, likewise (lop3 0xEA: a & b | c). Where all
+seven bits are set, which is NaN, the sum with one unit carries, and the carry fills up the exponent."""
+
+_E8M0_BITS = tl.constexpr(
+    """
+    {
+        .reg .b32 t, w;
+        mov.b32 w, $2;
+        prmt.b32 t, w, 0, 0x4140;
+        shl.b32 $0, t, 7;
+        prmt.b32 t, w, 0, 0x4342;
+        shl.b32 $1, t, 7;
+    }
+    """
+)
+"""Four bytes of E8M0 to four bfloat16: 0 is zero there, 255 infinity."""
+
+_E4M3_FIELDS = tl.constexpr(
     """
     {
         .reg .b32 t, m, n, w;
@@ -71,27 +107,20 @@ _FP8_PAIRS = tl.constexpr(
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
+        lop3.b32 m, t, 0x80008000, m, 0xEA;
         and.b32 n, n, 0x08000800;
-        and.b32 t, t, 0x80008000;
-        or.b32 m, m, t;
-        shl.b32 t, n, 4;
-        sub.u32 t, t, n;
-        or.b32 $0, m, t;
+        mad.lo.u32 $0, n, 15, m;
         prmt.b32 t, w, 0, 0x3424;
         shr.b32 m, t, 4;
         and.b32 m, m, 0x07F007F0;
         add.u32 n, m, 0x00100010;
+        lop3.b32 m, t, 0x80008000, m, 0xEA;
         and.b32 n, n, 0x08000800;
-        and.b32 t, t, 0x80008000;
-        or.b32 m, m, t;
-        shl.b32 t, n, 4;
-        sub.u32 t, t, n;
-        or.b32 $1, m, t;
+        mad.lo.u32 $1, n, 15, m;
     }
     """
 )
-"""Four bytes of E4M3 to the fields of four bfloat16, likewise. Where all seven bits are set, which is
-NaN, the sum with one unit carries, and the carry fills up the exponent."""
+"""Four bytes of E4M3 to the fields of four bfloat16, in their order."""
 
 
 @triton.jit
@@ -132,66 +161,66 @@ def e2m1(code: tl.tensor) -> tl.tensor:
 def factors(byte: tl.tensor, WEIGHTS: tl.constexpr, DEVICE: tl.constexpr) -> tl.tensor:
     """By what a group's fields are multiplied to be values over 2^32: bfloat16, exactly.
 
-    An E8M0 scale of more than 2^33 (2^39 for MXFP8), NaN among them, is infinity.
+    An E8M0 scale of more than 2^33 (2^39 for MXFP8), NaN among them, is infinity; the least, 2^-127, is
+    zero.
     """
-    if WEIGHTS == "nvfp4":
-        factor = e4m3(byte) * _E2M1_LIFT
-    elif WEIGHTS == "mxfp4":
-        exponent = tl.minimum(byte.to(tl.int32), _E2M1_LARGEST) + _E2M1_EXPONENT
-        factor = (exponent << 23).to(tl.float32, bitcast=True)
-    else:
-        exponent = tl.minimum(byte.to(tl.int32), _E4M3_LARGEST) + _E4M3_EXPONENT
-        factor = (exponent << 23).to(tl.float32, bitcast=True)
+    lift = _E4M3_LIFT if WEIGHTS == "mxfp8" else _E2M1_LIFT
     if DEVICE:
-        return factor.to(tl.bfloat16)
+        if WEIGHTS == "nvfp4":
+            fields = tl.inline_asm_elementwise(
+                _E4M3_FIELDS, "=r,=r,r", [byte], tl.bfloat16, is_pure=True, pack=4
+            )
+            scale = fields * tl.full([], _FROM_E4M3, tl.bfloat16)
+        else:
+            scale = tl.inline_asm_elementwise(
+                _E8M0_BITS, "=r,=r,r", [byte], tl.bfloat16, is_pure=True, pack=4
+            )
+        return scale * tl.full([], lift, tl.bfloat16)
+    elif WEIGHTS == "nvfp4":
+        return e4m3(byte) * lift
     else:
-        return factor
+        scale = (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        return scale * lift
 
 
 @triton.jit
-def fp4_pairs(
+def fp4_values(
     packed: tl.tensor, factor: tl.tensor, DEVICE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The low and the high nibbles of a tile of bytes times their factors, in bfloat16."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The four nibbles, from the lowest on, of a tile of int16 times their factors, in bfloat16."""
     if DEVICE:
         # Two values to a register: at decode the instructions are as near their limit as memory is.
+        a, b, c, d = tl.inline_asm_elementwise(
+            _FP4_FIELDS,
+            "=r,=r,=r,=r,r",
+            [packed],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+        return a * factor, b * factor, c * factor, d * factor
+    else:
+        return (
+            (fields_e2m1(packed) * factor).to(tl.bfloat16),
+            (fields_e2m1(packed >> 4) * factor).to(tl.bfloat16),
+            (fields_e2m1(packed >> 8) * factor).to(tl.bfloat16),
+            (fields_e2m1(packed >> 12) * factor).to(tl.bfloat16),
+        )
+
+
+@triton.jit
+def fp8_values(
+    packed: tl.tensor, factor: tl.tensor, DEVICE: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The lower and the upper E4M3 byte of a tile of int16 times their factors, in bfloat16."""
+    if DEVICE:
         low, high = tl.inline_asm_elementwise(
-            _FP4_PAIRS, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            _FP8_FIELDS, "=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
         return low * factor, high * factor
     else:
-        low = (fields_e2m1(packed) * factor).to(tl.bfloat16)
-        return low, (fields_e2m1(packed >> 4) * factor).to(tl.bfloat16)
-
-
-@triton.jit
-def fp8_values(data: tl.tensor, factor: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
-    """A tile of E4M3 bytes times their factors, in bfloat16."""
-    if DEVICE:
-        fields = tl.inline_asm_elementwise(
-            _FP8_PAIRS, "=r,=r,r", [data], tl.bfloat16, is_pure=True, pack=4
-        )
-        return fields * factor
-    else:
-        return (e4m3(data) * _TO_FIELDS * factor).to(tl.bfloat16)
-
-
-@triton.jit
-def load_halves(
-    at: tl.tensor,
-    used: tl.tensor,
-    start: int,
-    WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PACK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """(BLOCK_M, BLOCK_K / PACK) of x twice: its even and its odd columns, or the same where PACK is 1."""
-    low = load_rows(at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
-    if PACK == 1:
-        return low, low
-    else:
-        high_at = at + WIDTH // PACK
-        return low, load_rows(high_at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+        low = (e4m3(packed & 0xFF) * _TO_FIELDS * factor).to(tl.bfloat16)
+        return low, (e4m3((packed >> 8) & 0xFF) * _TO_FIELDS * factor).to(tl.bfloat16)
 
 
 @triton.jit
@@ -211,13 +240,29 @@ def load_rows(
 
 
 @triton.jit
-def load_bytes(at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
-    """(BLOCK_K, BLOCK_N) bytes of rows that have WIDTH of them, turned; zeros behind the last."""
+def load_turned(
+    at: tl.tensor,
+    used: tl.tensor,
+    start: int,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """The same turned: (BLOCK_K, BLOCK_M)."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(at + start, mask=used[None, :], other=0.0)
+    else:
+        inside = tl.arange(0, BLOCK_K) < WIDTH - start
+        return tl.load(at + start, mask=used[None, :] & inside[:, None], other=0.0)
+
+
+@triton.jit
+def load_packed(at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr) -> tl.tensor:
+    """(BLOCK_N, BLOCK_K) elements of rows that have WIDTH of them; zeros behind the last."""
     if WIDTH % BLOCK_K == 0:
         return tl.load(at + start)
     else:
         inside = tl.arange(0, BLOCK_K) < WIDTH - start
-        return tl.load(at + start, mask=inside[:, None], other=0)
+        return tl.load(at + start, mask=inside[None, :], other=0)
 
 
 @triton.jit
@@ -228,8 +273,8 @@ def load_scales_at(
     GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """(BLOCK_K / GROUP, BLOCK_N) scales of a step, as bytes."""
-    return load_bytes(at, start // GROUP, WIDTH // GROUP, BLOCK_K // GROUP)
+    """(BLOCK_N, BLOCK_K / GROUP) scales of a step, as bytes."""
+    return load_packed(at, start // GROUP, WIDTH // GROUP, BLOCK_K // GROUP)
 
 
 @triton.jit
@@ -238,14 +283,16 @@ def load_next_scales(
 ) -> tl.tensor:
     """Those of the step behind this one; zeros where there is none."""
     inside = tl.arange(0, BLOCK_K // GROUP) < (WIDTH - BLOCK_K - start) // GROUP
-    return tl.load(at + BLOCK_K // GROUP + start // GROUP, mask=inside[:, None], other=0)
+    return tl.load(at + BLOCK_K // GROUP + start // GROUP, mask=inside[None, :], other=0)
 
 
 @triton.jit
 def grouped_step(
     total: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    third: tl.tensor,
+    fourth: tl.tensor,
     weight_at: tl.tensor,
     byte: tl.tensor,
     start: int,
@@ -257,19 +304,21 @@ def grouped_step(
     BLOCK_K: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tl.tensor:
-    """total + x @ weights over BLOCK_K values of the sum.
+    """total + weights @ x over BLOCK_K values of the sum.
 
-    x comes in halves as `load_halves` gives it; byte: (BLOCK_K / GROUP, BLOCK_N), the scales.
+    x comes in parts as `load_parts` gives it; byte: (BLOCK_N, BLOCK_K / GROUP), the scales.
     """
-    data = load_bytes(weight_at, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
-    scale = factors(byte, WEIGHTS, DEVICE)
-    scale = tl.broadcast_to(scale[:, None, :], [BLOCK_K // GROUP, GROUP // PACK, BLOCK_N])
-    scale = tl.reshape(scale, [BLOCK_K // PACK, BLOCK_N])
-    if PACK == 2:
-        even, odd = fp4_pairs(data, scale, DEVICE)
-        return widened(high, odd, widened(low, even, total, DEVICE), DEVICE)
+    packed = load_packed(weight_at, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+    factor = factors(byte, WEIGHTS, DEVICE)
+    factor = tl.broadcast_to(factor[:, :, None], [BLOCK_N, BLOCK_K // GROUP, GROUP // PACK])
+    factor = tl.reshape(factor, [BLOCK_N, BLOCK_K // PACK])
+    if PACK == 4:
+        a, b, c, d = fp4_values(packed, factor, DEVICE)
+        total = widened(b, second, widened(a, first, total, DEVICE), DEVICE)
+        return widened(d, fourth, widened(c, third, total, DEVICE), DEVICE)
     else:
-        return widened(low, fp8_values(data, scale, DEVICE), total, DEVICE)
+        low, high = fp8_values(packed, factor, DEVICE)
+        return widened(high, second, widened(low, first, total, DEVICE), DEVICE)
 
 
 @triton.jit
@@ -282,92 +331,123 @@ def widened(a: tl.tensor, b: tl.tensor, total: tl.tensor, DEVICE: tl.constexpr) 
 
 
 @triton.jit
+def load_parts(
+    at: tl.tensor,
+    used: tl.tensor,
+    start: int,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PACK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """x's PACK parts, (BLOCK_K / PACK, BLOCK_M): columns 0, PACK, 2 PACK ..., then 1, PACK + 1 ...
+
+    Where they are two, they come twice.
+    """
+    first = load_turned(at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+    second_at = at + WIDTH // PACK
+    second = load_turned(second_at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+    if PACK == 2:
+        return first, second, first, second
+    else:
+        third_at = at + WIDTH // PACK * 2
+        third = load_turned(third_at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+        fourth_at = at + WIDTH // PACK * 3
+        fourth = load_turned(fourth_at, used, start // PACK, WIDTH // PACK, BLOCK_K // PACK)
+        return first, second, third, fourth
+
+
+@triton.jit
 def grouped_sums(
     x_at: tl.tensor,
     used: tl.tensor,
     weight_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     row: tl.tensor,
-    BETWEEN: tl.constexpr,
     HALVES: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
-    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """x @ w^T twice: for the matrix rows `row` and those BETWEEN further on; HALVES 1: nothing, and `row`.
+    """x @ w^T for the matrix rows `row`, (BLOCK_M, BLOCK_N): of the gate and of the up projection.
 
+    HALVES 1: the same twice. With two, `row` is as `rows_of_halves` has it: of sixteen rows of a product
+    a thread has both of some eight apart, so that gate and up meet without a detour.
     x_at: (BLOCK_M,) where each row of x begins; its rows, and those of the matrix, have WIDTH values.
-    EARLY: a step's scales are loaded while the one before it runs. Triton's pipeline does as much with
-    loads of four bytes a thread and more, and leaves out smaller ones.
+    Weights are the left operand, which may come from registers, and x, turned, the right one.
+    A step's scales are loaded into registers while the one before it runs. Triton's pipeline would bring
+    larger ones by way of shared memory, and then has both operands loaded for the width of a byte, in
+    an order that costs a move for every register.
     """
     k = tl.arange(0, BLOCK_K // PACK)
     group = tl.arange(0, BLOCK_K // GROUP)
-    at = x_at[:, None] + k[None, :]
-    gate_at = weight_ptr + row[None, :] * (WIDTH // PACK) + k[:, None]
-    gate_scale_at = scale_ptr + row[None, :] * (WIDTH // GROUP) + group[:, None]
-    up_at = gate_at + (HALVES - 1) * BETWEEN * (WIDTH // PACK)
-    up_scale_at = gate_scale_at + (HALVES - 1) * BETWEEN * (WIDTH // GROUP)
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_scale = load_scales_at(up_scale_at, 0, WIDTH, GROUP, BLOCK_K)
-    gate_scale = load_scales_at(gate_scale_at, 0, WIDTH, GROUP, BLOCK_K)
+    at = x_at[None, :] + k[:, None]
+    weight_at = weight_ptr + row[:, None] * (WIDTH // PACK) + k[None, :]
+    scale_at = scale_ptr + row[:, None] * (WIDTH // GROUP) + group[None, :]
+    total = tl.zeros([HALVES * BLOCK_N, BLOCK_M], tl.float32)
+    scale = load_scales_at(scale_at, 0, WIDTH, GROUP, BLOCK_K)
     for start in range(0, WIDTH, BLOCK_K):
-        if EARLY:
-            next_up = load_next_scales(up_scale_at, start, WIDTH, GROUP, BLOCK_K)
-            next_gate = load_next_scales(gate_scale_at, start, WIDTH, GROUP, BLOCK_K)
-        else:
-            up_scale = load_scales_at(up_scale_at, start, WIDTH, GROUP, BLOCK_K)
-            gate_scale = load_scales_at(gate_scale_at, start, WIDTH, GROUP, BLOCK_K)
-            next_up = up_scale
-            next_gate = gate_scale
-        low, high = load_halves(at, used, start, WIDTH, BLOCK_K, PACK)
-        up = grouped_step(
-            up,
-            low,
-            high,
-            up_at,
-            up_scale,
+        following = load_next_scales(scale_at, start, WIDTH, GROUP, BLOCK_K)
+        first, second, third, fourth = load_parts(at, used, start, WIDTH, BLOCK_K, PACK)
+        total = grouped_step(
+            total,
+            first,
+            second,
+            third,
+            fourth,
+            weight_at,
+            scale,
             start,
             WIDTH,
             WEIGHTS,
             GROUP,
             PACK,
-            BLOCK_N,
+            HALVES * BLOCK_N,
             BLOCK_K,
             DEVICE,
         )
-        if HALVES == 2:
-            gate = grouped_step(
-                gate,
-                low,
-                high,
-                gate_at,
-                gate_scale,
-                start,
-                WIDTH,
-                WEIGHTS,
-                GROUP,
-                PACK,
-                BLOCK_N,
-                BLOCK_K,
-                DEVICE,
-            )
-        up_scale = next_up
-        gate_scale = next_gate
-    return gate * _SUNK, up * _SUNK
+        scale = following
+    total *= _SUNK
+    if HALVES == 1:
+        total = tl.trans(total)
+        return total, total
+    else:
+        total = tl.reshape(total, [BLOCK_N // 8, 2, 8, BLOCK_M])
+        gate, up = tl.split(tl.permute(total, 3, 0, 2, 1))
+        return tl.reshape(gate, [BLOCK_M, BLOCK_N]), tl.reshape(up, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit
-def halves_to_rows(column: tl.tensor, WIDTH: tl.constexpr, PACK: tl.constexpr) -> tl.tensor:
-    """The matrix's row of each column of the intermediate: its even ones first where PACK is 2."""
+def rows_of_halves(
+    first: tl.tensor,
+    column: tl.tensor,
+    WIDTH: tl.constexpr,
+    HALVES: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """The first matrix's rows, counted from `first`, for BLOCK_N columns of the intermediate from `column` on.
+
+    Where it has a gate, whose WIDTH rows stand first, eight rows of it are followed by the same eight of
+    the up projection. Columns behind the last one are the last one again.
+    """
+    at = tl.arange(0, HALVES * BLOCK_N)
+    if HALVES == 1:
+        return first + parts_to_rows(tl.minimum(column + at, WIDTH - 1), WIDTH, PACK)
+    else:
+        n = tl.minimum(column + at // 16 * 8 + at % 8, WIDTH - 1)
+        return first + parts_to_rows(n, WIDTH, PACK) + at // 8 % 2 * WIDTH
+
+
+@triton.jit
+def parts_to_rows(column: tl.tensor, WIDTH: tl.constexpr, PACK: tl.constexpr) -> tl.tensor:
+    """The matrix's row of each column of the intermediate, which stands in PACK parts as x does."""
     if PACK == 1:
         return column
     else:
-        half = column // (WIDTH // 2)
-        return (column - half * (WIDTH // 2)) * 2 + half
+        part = column // (WIDTH // PACK)
+        return (column - part * (WIDTH // PACK)) * PACK + part

@@ -636,7 +636,7 @@ def product_kernel(
     follow(PDL)
     num_blocks = gl.load(offsets_ptr + num_local) // PLACES
     # Of a step, by the tensor memory accelerator: both weight tiles, and x's where its rows are not gathered.
-    HIGH: gl.constexpr = 2 * COLUMNS if GATHER else 2 * COLUMNS + PLACES
+    HIGH: gl.constexpr = COLUMNS * 2 if GATHER else COLUMNS * 2 + PLACES
     BYTES: gl.constexpr = HIGH * BLOCK_K * (1 if FP8 else 2)
     gl.warp_specialize(
         [

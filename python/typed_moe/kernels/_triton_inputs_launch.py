@@ -23,12 +23,10 @@ _VALUES = 1024
 
 
 def widen(operands: Operands) -> Tensor:
-    """(T, H) bfloat16: a record's activations times their scales; even columns first for FP4 weights."""
+    """(T, H) bfloat16: a record's activations times their scales; in `pack` parts for its weights."""
     x, scale = operands.hidden, operands.hidden_scale
     tokens, width = x.shape[0], operands.second.shape[1]
     form = "bf16" if scale is None else "mxfp8" if scale.dtype is torch.uint8 else "nvfp4"
-    if form == "bf16" and operands.pack == 1:
-        return x
     out = torch.empty((tokens, width), dtype=torch.bfloat16, device=x.device)
     if tokens == 0:
         return out

@@ -25,7 +25,7 @@ def widen_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One row's values times their scales; where PACK is 2, its even columns first.
+    """One row's values times their scales, in PACK parts: columns 0, PACK, 2 PACK ..., then 1, PACK + 1 ...
 
     FORMAT: "bf16"; "mxfp8", float8_e4m3fn as bytes with E8M0 scales for 32 values; "nvfp4", packed
     E2M1 with E4M3 scales for 16.

@@ -73,7 +73,8 @@ _MULTIPLES: Mapping[str, int] = MappingProxyType(
 )
 """Of both widths, by format: 16 bytes in a row, and whole groups that share a scale."""
 _NATIVE_FP8 = (8, 9)
-_LEAST_STEP = 32
+_LEAST_STEP: Mapping[str, int] = MappingProxyType({"mxfp8": 32, "mxfp4": 64, "nvfp4": 64})
+"""Values of the sum: sixteen elements of two bytes, as a matrix unit takes them."""
 
 TRITON_RULES = KernelRules(
     kernel="triton",
@@ -237,7 +238,11 @@ class TritonKernel:
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
         if self.tile is not None:
-            wrong = tile_refusal(self.tile, blocks=isinstance(request.quant, Fp8BlockScale))
+            wrong = tile_refusal(
+                self.tile,
+                blocks=isinstance(request.quant, Fp8BlockScale),
+                grouped=isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4),
+            )
             if wrong is not None:
                 return wrong
         if isinstance(request.quant, MxFp8 | MxFp4 | Nvfp4):
@@ -263,10 +268,11 @@ class TritonKernel:
                 "bfloat16 in registers on every card; leave it out"
             )
         tile = self.tile
-        if tile is not None and min(tile.first.block_k, tile.second.block_k) < _LEAST_STEP:
+        least = _LEAST_STEP[name]
+        if tile is not None and min(tile.first.block_k, tile.second.block_k) < least:
             return (
                 f"the tile's block_k are {tile.first.block_k} and {tile.second.block_k}; allowed in "
-                f"{name}: {_LEAST_STEP} and above, whole groups that share a scale"
+                f"{name}: {least} and above, sixteen elements of two bytes"
             )
         return None
 
@@ -329,7 +335,7 @@ def _fp4_outputs(args: Fp4MoeArgs) -> Outputs | None:
 def _operand(operands: Operands) -> Operand:
     """Whose tiles are meant."""
     if operands.group:
-        return "mxfp8" if operands.pack == 1 else "fp4"
+        return "mxfp8" if operands.scales == "mxfp8" else "fp4"
     return "bf16" if operands.fp8 == "none" else "fp8"
 
 
