@@ -170,7 +170,11 @@ def test_acceptance_43_replay_equals_eager(quant: Bf16 | Fp8BlockScale, tokens: 
 
 @FORMATS
 def test_torch_compile(quant: Bf16 | Fp8BlockScale) -> None:
-    """`fullgraph=True`: the custom operator gives the eager call's values, in either half."""
+    """`fullgraph=True`: the custom operator gives the eager call's values, in either half.
+
+    In FP8 to within what either may be off float64: the input is quantised by other launches there, and a
+    value on a rounding border may fall to the other side.
+    """
     layer = layer_on_card(quant, PAIR)
     layer.prepare_weights()
     torch.compiler.reset()
@@ -180,7 +184,7 @@ def test_torch_compile(quant: Bf16 | Fp8BlockScale) -> None:
         logits = torch.randn(tokens, EXPERTS, device="cuda")
         eager = layer(x, logits)
         error = relative_error(compiled(x, logits), eager.double())
-        assert error < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+        assert error < (1e-6 if isinstance(quant, Bf16) else bound(quant))
 
 
 def test_the_plan_takes_it_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

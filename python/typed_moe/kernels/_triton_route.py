@@ -36,6 +36,20 @@ def row_min(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def sum_of_pairs(x: tl.tensor) -> tl.tensor:
+    """(ROWS, K) to (ROWS,), K a power of two: neighbours added up, then neighbouring sums, and so on.
+
+    `tl.sum` adds in an order that follows from how a tile lies in its warps; this is the same in all.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    K: tl.constexpr = x.shape[1]
+    if K == 1:
+        return tl.reshape(x, [ROWS])
+    else:
+        return sum_of_pairs(tl.sum(tl.reshape(x, [ROWS, K // 2, 2]), 2))
+
+
+@triton.jit
 def group_max(x: tl.tensor, G: tl.constexpr) -> tl.tensor:
     """(ROWS, J, W) to (ROWS, G)."""
     best = tl.max(x, 2)
@@ -106,11 +120,11 @@ def weights_of(
     elif WEIGH == "softmax_chosen":
         largest = tl.max(tl.where(used, x, -float("inf")), 1)
         raised = tl.where(used, exp(x - largest[:, None], DEVICE), 0.0)
-        weight = tl.div_rn(raised, tl.broadcast_to(tl.sum(raised, 1)[:, None], x.shape))
+        weight = tl.div_rn(raised, tl.broadcast_to(sum_of_pairs(raised)[:, None], x.shape))
     else:
         weight = score(x, WEIGH, DEVICE)
     if DIVIDE != "nothing":
-        divisor = tl.sum(tl.where(used, weight, 0.0), 1)
+        divisor = sum_of_pairs(tl.where(used, weight, 0.0))
         divisor = divisor + 1e-20 if DIVIDE == "sum_plus_epsilon" else tl.maximum(divisor, 1e-20)
         weight = tl.div_rn(weight, tl.broadcast_to(divisor[:, None], x.shape))
     weight = weight * scale
