@@ -164,25 +164,13 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ),
             ),
             (
-                192,
-                ExpertTile(
-                    block_m=128,
-                    first=GemmTile(
-                        block_n=128, block_k=64, warps=8, stages=4, group_m=16, tma=True
-                    ),
-                    second=GemmTile(block_n=256, block_k=64, warps=8, stages=4, group_m=16),
-                ),
-            ),
-            (
                 512,
                 ExpertTile(
                     block_m=128,
                     first=GemmTile(
                         block_n=128, block_k=64, warps=8, stages=4, group_m=16, tma=True
                     ),
-                    second=GemmTile(
-                        block_n=128, block_k=64, warps=8, stages=4, group_m=8, persistent=True
-                    ),
+                    second=GemmTile(block_n=256, block_k=64, warps=8, stages=4, group_m=16),
                 ),
             ),
             (
@@ -193,7 +181,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                         block_n=128, block_k=64, warps=8, stages=3, group_m=16, tma=True
                     ),
                     second=GemmTile(
-                        block_n=128, block_k=64, warps=8, stages=4, group_m=8, persistent=True
+                        block_n=256, block_k=64, warps=8, stages=3, group_m=16, tma=True
                     ),
                 ),
             ),

@@ -50,6 +50,18 @@ def sum_of_pairs(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def sum_of_runs(x: tl.tensor) -> tl.tensor:
+    """(ROWS, J, W) to (ROWS, W), likewise, the first half and the second half: those lie in one thread."""
+    ROWS: tl.constexpr = x.shape[0]
+    J: tl.constexpr = x.shape[1]
+    W: tl.constexpr = x.shape[2]
+    if J == 1:
+        return tl.reshape(x, [ROWS, W])
+    else:
+        return sum_of_runs(tl.sum(tl.reshape(x, [ROWS, 2, J // 2, W]), 1))
+
+
+@triton.jit
 def group_max(x: tl.tensor, G: tl.constexpr) -> tl.tensor:
     """(ROWS, J, W) to (ROWS, G)."""
     best = tl.max(x, 2)
@@ -148,7 +160,7 @@ def ranking_of(
         shown = tl.where(is_expert, x, -float("inf"))
         top = row_max(shown)
         raised = exp(shown - top[:, None, None], DEVICE)
-        total = tl.sum(tl.sum(raised, 1), 1)
+        total = tl.sum(sum_of_runs(raised), 1)
         if RANK == "softmax":
             x = tl.div_rn(raised, tl.broadcast_to(total[:, None, None], raised.shape))
     if RANK != "softmax":
