@@ -82,6 +82,12 @@ GROUPED = ExpertTile(
     second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=3),
 )
 """A first product that quantises a whole group of its columns."""
+PERSISTENT = ExpertTile(
+    block_m=128,
+    first=GemmTile(block_n=128, block_k=128, warps=8, stages=4, persistent=True),
+    second=GemmTile(block_n=128, block_k=128, warps=8, stages=4, persistent=True),
+)
+"""On anything but a Hopper the portable kernels, half as wide."""
 DESCRIBED = attrs.evolve(
     GROUPED,
     first=attrs.evolve(GROUPED.first, block_n=64, tma=True),
@@ -213,8 +219,8 @@ def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("fp8", ["native", "bits"])
 @pytest.mark.parametrize(
     "tile",
-    [None, GROUPED, DESCRIBED],
-    ids=["quantised between", "as written", "between, by descriptor"],
+    [None, GROUPED, DESCRIBED, PERSISTENT],
+    ids=["quantised between", "as written", "between, by descriptor", "persistent elsewhere"],
 )
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_blocks(

@@ -47,7 +47,7 @@ class GemmTile:
             loaded without it.
         persistent: by the kernels of `typed_moe.kernels._triton_hopper`, whose tile is 128 rows and two
             times 128 columns, where the card is of compute capability 9.0 and Triton has Gluon. Elsewhere
-            the tile is like any other.
+            the portable kernels run, on tiles half as wide.
     """
 
     block_n: int

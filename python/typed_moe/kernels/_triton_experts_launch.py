@@ -99,13 +99,13 @@ def quantize(x: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor]:
     return data, scale
 
 
-def quantizes(operands: Operands, tile: ExpertTile) -> Literal["none", "tensor", "group"]:
+def quantizes(operands: Operands, first: GemmTile) -> Literal["none", "tensor", "group"]:
     """Whether the first product writes float8_e4m3fn: its scale is static, or its tile a whole group."""
     if operands.fp8 != "native":
         return "none"  # bfloat16 is closer to exact arithmetic than any format asks for
     if operands.scales == "plain":
         return "tensor"
-    return "group" if tile.first.block_n == _GROUP else "none"
+    return "group" if first.block_n == _GROUP else "none"
 
 
 def _bytes(tensor: Tensor, fp8: Fp8) -> Tensor:
@@ -142,6 +142,13 @@ def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     return tile
 
 
+def _portable(gemm: GemmTile) -> GemmTile:
+    """What runs in place of a persistent kernel where there is none: half as wide, as its sums are in half the warps."""
+    if not gemm.persistent:
+        return gemm
+    return attrs.evolve(gemm, persistent=False, block_n=gemm.block_n // 2, warps=4, stages=3)
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for a kernel that will not read it, where there is no tensor."""
     return other if tensor is None else tensor
@@ -157,14 +164,16 @@ def first(
     """
     x, scale, local = operands.hidden, operands.hidden_scale, slots.sorted
     gemm = _gemm(tile.first, operands.first, operands)
+    persistent = hopper.takes(x, operands.first, gemm, operands, slots)
+    gemm = gemm if persistent else _portable(gemm)
     width, places = operands.width, local.slots.shape[0]
-    fused, outputs = quantizes(operands, tile), operands.outputs
+    fused, outputs = quantizes(operands, gemm), operands.outputs
     dtype = torch.bfloat16 if fused == "none" else torch.float8_e4m3fn
     hidden = torch.empty((places, width), dtype=dtype, device=x.device)
     hidden_scale = None
     if fused == "group":
         hidden_scale = torch.empty((places, width // _GROUP), dtype=torch.float32, device=x.device)
-    if hopper.takes(x, operands.first, gemm, operands, slots):
+    if persistent:
         hopper.first(operands, slots, experts, tile, fused, hidden, hidden_scale)
         return hidden, hidden_scale
     blocks = local.block_experts.shape[0]
@@ -237,6 +246,7 @@ def second(
     if hopper.takes(hidden, operands.second, gemm, operands, slots):
         hopper.second(operands, slots, experts, tile, intermediate, out)
         return out
+    gemm = _portable(gemm)
     parts = tile.block_m // tile.second_rows
     blocks = local.block_experts.shape[0] * parts
     second_kernel[(blocks * ceil_div(height, gemm.block_n),)](
