@@ -143,13 +143,14 @@ def test_biases(kind: oracle.Kind, products: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDS))
-def test_no_slot_at_all(name: RecordName) -> None:
+def test_no_slot_at_all(name: RecordName, products: list[str]) -> None:
     """Every id is -1: zeros, and nothing is read from a block that there is not."""
     torch.manual_seed(10)
     made = record(name, oracle.Act(), SIZES)
     ids, weights = drawn()
     args = moved(made.make(precomputed(torch.full_like(ids, -1).cuda(), weights.cuda())))
     assert not bool(TritonKernel(tile=tile(name))(args).any())
+    assert len(products) == 2
 
 
 def test_a_sum_of_no_whole_steps_goes_elsewhere(products: list[str]) -> None:

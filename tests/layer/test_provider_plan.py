@@ -6,6 +6,8 @@ products in Triton's interpreter, `tests/gpu/test_deep_gemm.py` all of it on a c
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import pytest
 import torch
@@ -103,21 +105,43 @@ def test_it_is_taken_from_the_least_size_on_that_was_faster() -> None:
 
 
 def test_at_every_size() -> None:
-    """No number of rows is too few, below the least one that was measured too."""
-    choice = choose("deep_gemm", REQUEST, (measured({64: (50, 40), 512: (100, 90)}),), CARD)
+    """No number of rows is too few where one token was measured."""
+    choice = choose("deep_gemm", REQUEST, (measured({1: (50, 40), 512: (100, 90)}),), CARD)
     assert isinstance(choice, Choice)
     assert choice.least_rows == 0
     assert "at every size: 40 us against 50" in choice.why
 
 
 @pytest.mark.parametrize(
+    ("times", "least"),
+    [
+        ({4096: (800, 600)}, 4096),
+        ({64: (50, math.inf), 512: (100, 90), 4096: (800, 600)}, 512),
+        ({64: (50, 40), 512: (100, math.inf), 4096: (800, 600)}, 4096),
+    ],
+    ids=["one size alone", "wrong at the least", "wrong between"],
+)
+def test_nothing_below_what_was_right(times: dict[int, tuple[float, float]], least: int) -> None:
+    """Sizes that were not measured, or where it was wrong or failed, are the Triton kernels'."""
+    choice = choose("deep_gemm", REQUEST, (measured(times),), CARD)
+    assert isinstance(choice, Choice)
+    assert choice.least_rows == least * 4 / 32
+
+
+@pytest.mark.parametrize(
     ("times", "said"),
     [
+        ({512: (100, 90), 4096: (800, math.inf)}, "it was wrong or failed at T = 4096"),
         ({512: (100, 110), 4096: (800, 900)}, "900 us against 800 with triton at T = 4096"),
         ({512: (100, 50), 4096: (800, 900)}, "900 us against 800 with triton at T = 4096"),
         ({512: (100, 98)}, "98 us against 100"),
     ],
-    ids=["slower", "slower at the largest", "no more than the clock's noise"],
+    ids=[
+        "wrong at the largest",
+        "slower",
+        "slower at the largest",
+        "no more than the clock's noise",
+    ],
 )
 def test_where_it_is_not_faster(times: dict[int, tuple[float, float]], said: str) -> None:
     """What is slower at the largest size is not taken at a smaller one."""

@@ -121,6 +121,15 @@ GEMM = GemmTile(block_n=64, block_k=128, warps=4, stages=3)
             Bf16(),
             "persistent with block_m 128, second_block_m 128 and block_n 64; allowed: 128 each",
         ),
+        (
+            ExpertTile(
+                block_m=128,
+                first=attrs.evolve(GEMM, block_n=128, block_k=32, persistent=True),
+                second=GEMM,
+            ),
+            Bf16(),
+            "persistent with block_k 32; allowed: 64 in bf16 and 128 in fp8",
+        ),
     ],
 )
 def test_a_tile_that_would_compute_something_else(

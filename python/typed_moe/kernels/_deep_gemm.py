@@ -16,6 +16,11 @@ from typed_moe.routing import Refused
 
 _DISTRIBUTIONS = ("sgl-deep-gemm", "deep-gemm")
 _HOPPER = (9, 0)
+_CALLED = (
+    "get_mk_alignment_for_contiguous_layout",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_bf16_gemm_nt_contiguous",
+)
 
 
 @final
@@ -42,6 +47,11 @@ class InstalledDeepGemm:
             return Refused(
                 "is called for compute capability 9.0, whose products read float32 scales as they are "
                 f"stored; {device} has {major}.{minor}"
+            )
+        missing = [name for name in _CALLED if not hasattr(deep_gemm, name)]
+        if missing:
+            return Refused(
+                f"lacks {missing[0]}, which sgl-deep-gemm 0.1.5 has; this is {self.name}"
             )
         return _compiler_refusal()
 

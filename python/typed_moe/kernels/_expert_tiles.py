@@ -27,6 +27,8 @@ PERSISTENT_SIZE = 128
 """Rows of a persistent kernel's tile, and columns of each of its halves."""
 LEAST_GROUPED_ROWS = 8
 """Rows where weights have a byte of scale for every few values: they are the product's columns there."""
+PERSISTENT_STEPS: Mapping[str, int] = MappingProxyType({"bf16": 64, "fp8": 128})
+"""Values of a persistent kernel's step, 128 bytes, by operand."""
 FP8_BLOCK = 128
 """Values of a sum that share a scale in 128 x 128 blocks, and columns."""
 
@@ -116,6 +118,9 @@ def tile_refusal(tile: ExpertTile, *, blocks: bool, grouped: bool = False) -> st
                 f"the tile is persistent with block_m {fixed[0]}, second_block_m {fixed[1]} and "
                 f"block_n {fixed[2]}; allowed: {PERSISTENT_SIZE} each"
             )
+        if gemm.persistent and gemm.block_k not in PERSISTENT_STEPS.values():
+            steps = " and ".join(f"{step} in {name}" for name, step in PERSISTENT_STEPS.items())
+            return f"the tile is persistent with block_k {gemm.block_k}; allowed: {steps}"
     most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
     if blocks and most > FP8_BLOCK:
         return (

@@ -6,6 +6,7 @@ TYPED_MOE_TIMES names, then the built-in ones. Where nothing was measured the Tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final, final
 
@@ -68,7 +69,7 @@ def choose(
 
     The widths, the format and the card are what was measured; rows per expert stand for T, top_k and
     the number of experts. From the least T on from which the library's kernel was the faster one, by
-    3 % and more, at every larger T that was measured too.
+    3 % and more, at every larger T that was measured too; below the least T that was measured, never.
 
     Returns:
         The choice; why it is none; or None: nothing was measured.
@@ -99,7 +100,7 @@ def _choice(
         least = tokens
     if least is None:
         return Refused(f"is not faster: {_said(provider, layer, next(iter(both)))}")
-    rows = 0.0 if least == min(both) else layer.rows_per_expert(least)
+    rows = 0.0 if least == 1 else layer.rows_per_expert(least)
     where = "at every size" if rows == 0.0 else f"from T * k / E = {rows:g} rows per expert on"
     return Choice(
         kernel=provider,
@@ -110,6 +111,8 @@ def _choice(
 
 def _said(provider: str, layer: MeasuredLayer, tokens: int) -> str:
     times = layer.microseconds[tokens]
+    if not math.isfinite(times[provider]):
+        return f"it was wrong or failed at T = {tokens} of {layer.model} ({layer.card}, {layer.source})"
     return (
         f"{times[provider]:g} us against {times[OURS]:g} with {OURS} at T = {tokens} of "
         f"{layer.model} ({layer.card}, {layer.source})"

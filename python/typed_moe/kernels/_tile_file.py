@@ -19,6 +19,7 @@ import attrs
 from typed_moe.kernels._expert_tiles import (
     FP8_BLOCK,
     LEAST_GROUPED_ROWS,
+    PERSISTENT_STEPS,
     ExpertTile,
     GemmTile,
     Operand,
@@ -46,8 +47,6 @@ _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     }
 )
 _SWITCHES = ("tma", "persistent")
-_PERSISTENT = ("bf16", "fp8")
-"""Operands that the persistent kernels multiply."""
 
 
 @final
@@ -177,10 +176,15 @@ def _gemm(operand: str, data: object, where: str) -> GemmTile:
         name: _one_of(gemm[name], f"{where}.{name}", allowed) for name, allowed in _SIZES.items()
     }
     switch = {name: _switch(gemm[name], f"{where}.{name}") for name in _SWITCHES}
-    if switch["persistent"] and operand not in _PERSISTENT:
-        allowed = " and ".join(_PERSISTENT)
+    if switch["persistent"] and operand not in PERSISTENT_STEPS:
+        allowed = " and ".join(PERSISTENT_STEPS)
         raise ValueError(
             f"{where}.persistent is true in {operand}; allowed: false, but in {allowed}"
+        )
+    if switch["persistent"] and size["block_k"] != PERSISTENT_STEPS[operand]:
+        raise ValueError(
+            f"{where} is persistent with block_k {size['block_k']}; allowed in {operand}: "
+            f"{PERSISTENT_STEPS[operand]}"
         )
     if operand == "fp8" and (size["block_k"] != FP8_BLOCK or size["block_n"] > FP8_BLOCK):
         raise ValueError(

@@ -8,6 +8,7 @@ anything in it that is read is wrong. The built-in ones are such reports too, as
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -105,17 +106,28 @@ def _layers(report: Mapping[str, object]) -> Iterator[MeasuredLayer]:
 
 
 def _times(rows: list[Mapping[str, object]]) -> dict[int, dict[str, float]]:
-    """By T and kernel; T with the Triton kernels and a library's alone."""
+    """By T and kernel; T with the Triton kernels and a library's alone.
+
+    Infinity where the library's kernel was wrong or failed: no size from there down is its.
+    """
     times: dict[int, dict[str, float]] = {}
     for row in rows:
         side, taken = row.get("side"), row.get("graph_us")
-        if side not in (OURS, *PROVIDERS) or taken is None:
+        if side not in (OURS, *PROVIDERS):
+            continue
+        if taken is None and side != OURS:
+            taken = math.inf
+        if taken is None:
             continue
         # bool is an int in Python, and no time.
         if isinstance(taken, bool) or not isinstance(taken, int | float) or not taken > 0:
             raise ValueError(f"graph_us is {taken!r}; allowed: microseconds above 0, or null")
         times.setdefault(_whole(row, "tokens", "a row"), {})[str(side)] = float(taken)
-    return {tokens: by for tokens, by in times.items() if OURS in by and len(by) > 1}
+    both = {tokens: by for tokens, by in times.items() if OURS in by and len(by) > 1}
+    timed = any(
+        math.isfinite(us) for by in both.values() for name, us in by.items() if name != OURS
+    )
+    return both if timed else {}
 
 
 def _of(data: Mapping[str, object], name: str, where: str) -> object:

@@ -41,7 +41,8 @@ def takes(x: Tensor, weights: Tensor, gemm: GemmTile, operands: Operands, slots:
         return False
     step = gemm.block_k * weights.element_size()
     aligned = x.data_ptr() % _ALIGNED == 0 and weights.data_ptr() % _ALIGNED == 0
-    rows = x.stride(0) * x.element_size() % _ALIGNED == 0
+    # In elements: Triton knows no stride to be a multiple of less than 16 of them.
+    rows = x.stride(0) % _ALIGNED == 0
     return step == _STEP_BYTES and weights.shape[2] % gemm.block_k == 0 and aligned and rows
 
 
