@@ -97,9 +97,9 @@ def test_acceptance_07_08_sqrt_softplus_at_both_ends(low: float, high: float) ->
 
 
 @every
-@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9, 50])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 9, 34])
 def test_slots(case: Case, tokens: int) -> None:
-    """Slots sorted by expert, stable, padded: in one launch, in two, and from ids alone."""
+    """Slots sorted by expert, stable, padded: in one launch, in two, and from ids alone; 34 rows are two words of marks."""
     fused, experts = _fused(case), case.num_experts
     logits, bias = torch.randn(tokens, experts), case.bias()
     for first, count, block in ((0, experts, 16), (experts // 4, experts // 2, 64), (3, 5, 1)):
