@@ -11,21 +11,19 @@ import torch
 from typed_moe.kernels._expert_tiles import (
     LEAST_GROUPED_ROWS,
     PERSISTENT_SIZE,
+    PERSISTENT_STEPS,
+    UNPACKED,
     ExpertTile,
     GemmTile,
     Operand,
 )
 
 _HEIGHTS = (16, 32, 64, 128)
-_UNPACKED: frozenset[Operand] = frozenset({"mxfp8", "fp4"})
-"""Weights that become bfloat16 in registers."""
 _VALUES_PER_WARP = (4 * 32, 64 * 128)
 """Of a result tile: with fewer lanes idle, with more they do not fit the registers."""
 _GROUPED = 8
 _TALL = 64
 """Rows of a block from which on blocks share the weights in the L2 cache, and tiles may be copied by TMA."""
-_STEP_BYTES = 128
-"""Of a row, per step of a persistent kernel."""
 _PERSISTENT = GemmTile(block_n=PERSISTENT_SIZE, block_k=64, warps=8, stages=4, persistent=True)
 """The one form there is, but for the step and the order of the tiles."""
 _LEAST_SHARED_MEMORY = 99 << 10  # bytes: what every card from compute capability 8.0 on has
@@ -86,10 +84,9 @@ def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
     if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
         return False  # a step of a product is the 128 values that share a scale
     if tile.persistent:
-        step = _STEP_BYTES // {"bf16": 2, "fp8": 1}.get(operand, _STEP_BYTES)
         sizes = (height, tile.block_n, tile.block_k)
-        return sizes == (PERSISTENT_SIZE, PERSISTENT_SIZE, step)
-    if tile.tma and (height < _TALL or operand in _UNPACKED):
+        return sizes == (PERSISTENT_SIZE, PERSISTENT_SIZE, PERSISTENT_STEPS.get(operand))
+    if tile.tma and (height < _TALL or operand in UNPACKED):
         return False  # weights that are unpacked in registers are loaded without it
     if height < _HEIGHTS[0]:
         least //= 2
@@ -134,7 +131,7 @@ def of_height(tile: ExpertTile, height: int) -> ExpertTile:
 
 def heights(rows: float, operand: Operand) -> tuple[int, ...]:
     """Blocks that experts with so many rows on average can want: not far above, nor far below."""
-    least = (LEAST_GROUPED_ROWS,) if operand in _UNPACKED else ()
+    least = (LEAST_GROUPED_ROWS,) if operand in UNPACKED else ()
     return tuple(
         height
         for height in (*least, *_HEIGHTS)

@@ -25,8 +25,10 @@ _LEAST = 16
 """Rows or columns of a matrix unit's product."""
 PERSISTENT_SIZE = 128
 """Rows of a persistent kernel's tile, and columns of each of its halves."""
+UNPACKED: frozenset[Operand] = frozenset({"mxfp8", "fp4"})
+"""Operands with a byte of scale for every few values, which become bfloat16 in registers."""
 LEAST_GROUPED_ROWS = 8
-"""Rows where weights have a byte of scale for every few values: they are the product's columns there."""
+"""Rows where weights are unpacked: they are the product's columns there."""
 PERSISTENT_STEPS: Mapping[str, int] = MappingProxyType({"bf16": 64, "fp8": 128})
 """Values of a persistent kernel's step, 128 bytes, by operand."""
 FP8_BLOCK = 128

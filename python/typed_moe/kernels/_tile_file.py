@@ -20,6 +20,7 @@ from typed_moe.kernels._expert_tiles import (
     FP8_BLOCK,
     LEAST_GROUPED_ROWS,
     PERSISTENT_STEPS,
+    UNPACKED,
     ExpertTile,
     GemmTile,
     Operand,
@@ -35,7 +36,6 @@ _LAST = 2.0**31
 """Rows per expert: more than any call has."""
 
 _HEIGHTS = (16, 32, 64, 128, 256)
-_GROUPED = frozenset({"mxfp8", "fp4"})
 _LEAST_FP4_STEP = 64
 _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
@@ -152,7 +152,7 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
     # bool is an int in Python, and no number of rows.
     if isinstance(most, bool) or not isinstance(most, int | float) or not 0 < most <= _LAST:
         raise ValueError(f"{where}.rows_per_expert is {most!r}; allowed: a number above 0, or null")
-    heights = (LEAST_GROUPED_ROWS, *_HEIGHTS) if operand in _GROUPED else _HEIGHTS
+    heights = (LEAST_GROUPED_ROWS, *_HEIGHTS) if operand in UNPACKED else _HEIGHTS
     height = _one_of(row["block_m"], f"{where}.block_m", heights)
     second = row["second_block_m"]
     if second is not None:
@@ -164,7 +164,7 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
         first=_gemm(operand, row["first"], f"{where}.first"),
         second=_gemm(operand, row["second"], f"{where}.second"),
     )
-    wrong = tile_refusal(tile, blocks=operand == "fp8", grouped=operand in _GROUPED)
+    wrong = tile_refusal(tile, blocks=operand == "fp8", grouped=operand in UNPACKED)
     if wrong is not None:
         raise ValueError(f"{where}: {wrong}")
     return float(most), tile

@@ -533,6 +533,7 @@ def second_kernel(
 @triton.jit(do_not_specialize=["first_local", "num_local"])
 def combine_kernel(
     rows_ptr: tl.tensor,
+    place_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -541,11 +542,15 @@ def combine_kernel(
     H: tl.constexpr,
     SLOTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    BY_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
+    """One token's rows added up in float32, slot after slot; those of no local expert are left out.
+
+    Rows stand by slot, or, BY_PLACE, where `place` says of their slot.
+    """
     follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -554,8 +559,11 @@ def combine_kernel(
         slot = token * SLOTS + one
         mine = tl.load(ids_ptr + slot) - first_local
         is_local = (mine >= 0) & (mine < num_local)
-        # Rows of other ranks' experts were not written.
-        row = tl.load(rows_ptr + slot * H + n, mask=(n < H) & is_local, other=0.0).to(tl.float32)
+        # Rows of other ranks' experts were not written, nor their slots' places.
+        at = slot
+        if BY_PLACE:
+            at = tl.load(place_ptr + slot, mask=is_local, other=0).to(tl.int64)
+        row = tl.load(rows_ptr + at * H + n, mask=(n < H) & is_local, other=0.0).to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + slot, mask=is_local, other=0.0).to(tl.float32)
             row = row * weight

@@ -38,8 +38,13 @@ def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
         return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
 
 
-def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
-    """(T, H) bfloat16: the weighted sum over each token's slots, in `output` if it is given."""
+def combine(
+    rows: Tensor, slots: Slots, output: Tensor | None, place: Tensor | None = None
+) -> Tensor:
+    """(T, H) bfloat16: the weighted sum over each token's slots, in `output` if it is given.
+
+    `rows` are by slot, or, with `place` (T, k), by place.
+    """
     tokens, count = slots.ids.shape
     width = rows.shape[1]
     if output is None:
@@ -49,6 +54,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
     with on_device(rows.device):
         combine_kernel[(tokens, ceil_div(width, block))](
             rows,
+            _or(place, rows),
             slots.ids,
             slots.weights,
             output,
@@ -57,6 +63,7 @@ def combine(rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
             H=width,
             SLOTS=count,
             WEIGHTED=not slots.on_input,
+            BY_PLACE=place is not None,
             BLOCK=block,
             DEVICE=not INTERPRETED,
             num_warps=4 if block > 256 else 2,

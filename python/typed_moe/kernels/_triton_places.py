@@ -157,37 +157,3 @@ def activate_kernel(
         hidden = tl.div_rn(hidden, tl.broadcast_to(scale[:, None], hidden.shape))
     stored = to_e4m3(hidden, DEVICE) if QUANTIZE else to_bfloat16(hidden, DEVICE)
     tl.store(out_ptr + row[:, None] * I + n[None, :], stored, mask=mask)
-
-
-@triton.jit(do_not_specialize=["first_local", "num_local"])
-def combine_places_kernel(
-    rows_ptr: tl.tensor,
-    place_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    first_local: tl.tensor,
-    num_local: tl.tensor,
-    H: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """One token's rows added up in float32, slot after slot; those of no local expert are left out."""
-    follow(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for one in range(SLOTS):
-        slot = token * SLOTS + one
-        mine = tl.load(ids_ptr + slot) - first_local
-        is_local = (mine >= 0) & (mine < num_local)
-        # Of another rank's slot nothing was written.
-        place = tl.load(place_ptr + slot, mask=is_local, other=0).to(tl.int64)
-        row = tl.load(rows_ptr + place * H + n, mask=(n < H) & is_local, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row = row * tl.load(weights_ptr + slot, mask=is_local, other=0.0).to(tl.float32)
-        total += row
-    tl.store(out_ptr + token * H + n, to_bfloat16(total, DEVICE), mask=n < H)

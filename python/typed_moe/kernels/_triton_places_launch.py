@@ -17,7 +17,6 @@ from typed_moe.kernels._fused_rules import ceil_div, power_of_two
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels._triton_places import (
     activate_kernel,
-    combine_places_kernel,
     mark_kernel,
     spread_kernel,
 )
@@ -134,33 +133,6 @@ def activated(
             **follows(first.device),
         )
     return hidden, None if scale is None else scale.T
-
-
-def combine(rows: Tensor, place: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
-    """(T, H) bfloat16: the weighted sum over each token's slots, in `output` if it is given."""
-    tokens, count = slots.ids.shape
-    width, local = rows.shape[1], slots.sorted
-    if output is None:
-        output = torch.empty((tokens, width), dtype=torch.bfloat16, device=rows.device)
-    block = 256 if tokens < 128 else min(1024, power_of_two(width))
-    with on_device(rows.device):
-        combine_places_kernel[(tokens, ceil_div(width, block))](
-            rows,
-            place,
-            slots.ids,
-            slots.weights,
-            output,
-            local.first_local,
-            local.counts.shape[0],
-            H=width,
-            SLOTS=count,
-            WEIGHTED=not slots.on_input,
-            BLOCK=block,
-            DEVICE=not INTERPRETED,
-            num_warps=4 if block > 256 else 2,
-            **follows(rows.device),
-        )
-    return output
 
 
 def _scales(places: int, width: int, device: torch.device) -> Tensor:

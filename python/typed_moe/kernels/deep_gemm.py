@@ -33,7 +33,7 @@ from typed_moe.kernels.args import (
     MoeArgs,
     Routing,
 )
-from typed_moe.kernels.triton_experts import TRITON_RULES, TritonKernel, routed_slots
+from typed_moe.kernels.triton_experts import TRITON_RULES, TritonKernel, combined, routed_slots
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.quantization import Quantized
 from typed_moe.routing import KernelRules, Refused
@@ -101,7 +101,7 @@ class DeepGemmKernel:
             TypeError: a record of another family, or of another dtype.
         """
         rows, place, slots = self._rows(args)
-        return _launch().combine(rows, place, slots, args.output)
+        return combined(rows, place, slots, args.output)
 
     def unfinalized_rules(
         self, request: KernelRequest, routing: type[Routing]
@@ -255,10 +255,6 @@ class _Launch(Protocol):
     def activated(
         self, first: Tensor, slots: Slots, experts: ExpertArgs, *, quantize: bool
     ) -> tuple[Tensor, Tensor | None]: ...
-
-    def combine(
-        self, rows: Tensor, place: Tensor, slots: Slots, output: Tensor | None
-    ) -> Tensor: ...
 
 
 def _launch() -> _Launch:

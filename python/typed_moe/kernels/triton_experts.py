@@ -443,6 +443,11 @@ def _has_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _NATIVE_FP8
 
 
+def combined(rows: Tensor, place: Tensor, slots: Slots, output: Tensor | None) -> Tensor:
+    """(T, H) bfloat16: the weighted sum over each token's slots of rows that stand by place."""
+    return _launch().combine(rows, slots, output, place)
+
+
 class _Launch(Protocol):
     """`typed_moe.kernels._triton_experts_launch`, which is imported late."""
 
@@ -450,7 +455,9 @@ class _Launch(Protocol):
         self, operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile
     ) -> Tensor: ...
 
-    def combine(self, rows: Tensor, slots: Slots, output: Tensor | None) -> Tensor: ...
+    def combine(
+        self, rows: Tensor, slots: Slots, output: Tensor | None, place: Tensor | None = None
+    ) -> Tensor: ...
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
