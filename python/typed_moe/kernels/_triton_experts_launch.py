@@ -28,6 +28,8 @@ from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
+_FEW_ROWS = 16
+"""Of a block, up to which FP8 weights are the left operand."""
 
 
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
@@ -156,6 +158,11 @@ def _portable(gemm: GemmTile) -> GemmTile:
     return attrs.evolve(gemm, persistent=False, block_n=gemm.block_n // 2, warps=4, stages=3)
 
 
+def _left(operands: Operands, gemm: GemmTile, rows: int) -> bool:
+    """Whether FP8 weights are a product's left operand: few rows leave its 64 rows empty otherwise."""
+    return operands.fp8 == "native" and rows <= _FEW_ROWS and not gemm.tma
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A pointer for a kernel that will not read it, where there is no tensor."""
     return other if tensor is None else tensor
@@ -227,6 +234,7 @@ def first(
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
         TMA=gemm.tma,
+        LEFT=_left(operands, gemm, tile.block_m),
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
@@ -283,6 +291,7 @@ def second(
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
         TMA=gemm.tma,
+        LEFT=_left(operands, gemm, tile.second_rows),
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,

@@ -411,7 +411,14 @@ def grouped_sums(
             DEVICE,
         )
         scale = following
-    total *= _SUNK
+    return halves_apart(total * _SUNK, HALVES, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def halves_apart(
+    total: tl.tensor, HALVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A sum over `rows_of_halves`, turned: (BLOCK_M, BLOCK_N) of the gate and of the up projection."""
     if HALVES == 1:
         total = tl.trans(total)
         return total, total
