@@ -318,8 +318,10 @@ def left_sums(
 
     Hopper's matrix units take FP8 where the left operand has 64 rows at least; with 16 tokens there
     Triton converts both operands to float16. The scales of a step are loaded while the one before it runs.
+    With BLOCK_K above 128 so many steps of 128 are loaded together.
     """
-    k = tl.arange(0, BLOCK_K)
+    STEP: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
+    k = tl.arange(0, STEP)
     at = x_at[None, :] + k[:, None]
     weight_at = weight_ptr + row[:, None] * WIDTH + k[None, :]
     scale_at = weight_scale_ptr + row // 128 * (WIDTH // 128)
@@ -327,13 +329,13 @@ def left_sums(
     total = tl.zeros([HALVES * BLOCK_N, BLOCK_M], tl.float32)
     scale = load_scales(scale_at, every, SCALED)
     x_scale = load_scales(x_scale_at, used, SCALED)
-    for start in range(0, WIDTH, BLOCK_K):
+    for start in tl.range(0, WIDTH, STEP, loop_unroll_factor=BLOCK_K // STEP):
         # Behind the last step its own again, not masked: then the loop is compiled without one.
-        group = tl.minimum(start + BLOCK_K, WIDTH - 1) // 128  # type: ignore[arg-type]
+        group = tl.minimum(start + STEP, WIDTH - 1) // 128  # type: ignore[arg-type]
         next_scale = load_scales(scale_at + group, every, SCALED)
         next_x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
-        weights = load_packed(weight_at, start, WIDTH, BLOCK_K)
-        x = load_turned(at, used, start, WIDTH, BLOCK_K)
+        weights = load_packed(weight_at, start, WIDTH, STEP)
+        x = load_turned(at, used, start, WIDTH, STEP)
         both = scale[:, None] * x_scale[None, :]
         total = step(total, weights, x, both, FP8, WEIGHTS, DEVICE)
         scale = next_scale
@@ -553,9 +555,10 @@ def second_kernel(
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
-    # Slots stand first in their block: a part may have none.
-    if tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
-        return
+    if PARTS > 1:
+        # Slots stand first in their block: a part may have none. A whole block has, and waits for no load.
+        if tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
+            return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
     if GROUP > 0:

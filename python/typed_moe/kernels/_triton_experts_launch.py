@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from typed_moe.kernels import _triton_hopper_launch as hopper
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
-from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
+from typed_moe.kernels._expert_tiles import FP8_BLOCK, ExpertTile, GemmTile, takes_left
 from typed_moe.kernels._experts_math import is_gated_type
 from typed_moe.kernels._fused_rules import ceil_div, power_of_two
 from typed_moe.kernels._triton_experts import (
@@ -28,8 +28,6 @@ from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels.args import ExpertArgs
 
 _GROUP = 128
-_FEW_ROWS = 16
-"""Of a block, up to which FP8 weights are the left operand."""
 
 
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
@@ -144,10 +142,13 @@ def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescript
 def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need.
 
-    And for weights that have a scale for every few values: they are taken apart in registers.
+    And for weights that have a scale for every few values: they are taken apart in registers. FP8 that is
+    converted there has single steps.
     """
     if tile.tma and (operands.group or matrix.data_ptr() % 16):
         return attrs.evolve(tile, tma=False)
+    if operands.fp8 == "bits" and tile.block_k > FP8_BLOCK:
+        return attrs.evolve(tile, block_k=FP8_BLOCK)
     return tile
 
 
@@ -159,8 +160,8 @@ def _portable(gemm: GemmTile) -> GemmTile:
 
 
 def _left(operands: Operands, gemm: GemmTile, rows: int) -> bool:
-    """Whether FP8 weights are a product's left operand: few rows leave its 64 rows empty otherwise."""
-    return operands.fp8 == "native" and rows <= _FEW_ROWS and not gemm.tma
+    """Whether FP8 weights are a product's left operand; converted in registers they are the right one."""
+    return operands.fp8 == "native" and takes_left(gemm, rows)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
