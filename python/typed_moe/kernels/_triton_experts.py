@@ -40,6 +40,7 @@ from typed_moe.kernels._triton_slots import follow
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
 _ONE = tl.constexpr(1)
+_FP8_STEP = tl.constexpr(128)
 
 
 @triton.jit
@@ -320,7 +321,7 @@ def left_sums(
     Triton converts both operands to float16. The scales of a step are loaded while the one before it runs.
     With BLOCK_K above 128 so many steps of 128 are loaded together.
     """
-    STEP: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K
+    STEP: tl.constexpr = _FP8_STEP if BLOCK_K > 128 else BLOCK_K
     k = tl.arange(0, STEP)
     at = x_at[None, :] + k[:, None]
     weight_at = weight_ptr + row[:, None] * WIDTH + k[None, :]
@@ -331,7 +332,7 @@ def left_sums(
     x_scale = load_scales(x_scale_at, used, SCALED)
     for start in tl.range(0, WIDTH, STEP, loop_unroll_factor=BLOCK_K // STEP):
         # Behind the last step its own again, not masked: then the loop is compiled without one.
-        group = tl.minimum(start + STEP, WIDTH - 1) // 128  # type: ignore[arg-type]
+        group = tl.minimum(start + STEP, WIDTH - 1) // 128
         next_scale = load_scales(scale_at + group, every, SCALED)
         next_x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
         weights = load_packed(weight_at, start, WIDTH, STEP)
@@ -555,10 +556,9 @@ def second_kernel(
     place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     slot = tl.load(slots_ptr + place)
     used = slot < num_slots
-    if PARTS > 1:
-        # Slots stand first in their block: a part may have none. A whole block has, and waits for no load.
-        if tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
-            return
+    # Slots stand first in their block: a part may have none. A whole block has some, and need not wait.
+    if PARTS > 1 and tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
+        return
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
     if GROUP > 0:
