@@ -30,7 +30,7 @@ from typed_moe.cli._errors import UserError
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._tune import Point, Tuner, operand_of, tables_of
 from typed_moe.cli._tune_command import tune
-from typed_moe.cli._tune_grid import Grid, Limits, fits, heights, limits_of
+from typed_moe.cli._tune_grid import Grid, Limits, fits, heights, limits_of, of_height
 from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxInt4
 from typed_moe.kernels import TritonKernel
 from typed_moe.kernels._expert_tiles import (
@@ -38,8 +38,10 @@ from typed_moe.kernels._expert_tiles import (
     HOPPER,
     ExpertTile,
     GemmTile,
+    Operand,
     table_of,
     tile_of,
+    tile_refusal,
 )
 from typed_moe.kernels._tile_file import read_tile_file
 
@@ -237,6 +239,20 @@ def test_every_built_in_tile_is_one_that_is_tried() -> None:
                 rows = tile.second_rows
                 assert fits(tile.first, operand, tile.block_m), tile
                 assert fits(tile.second, operand, rows), tile
+
+
+@pytest.mark.parametrize("operand", ["bf16", "fp8", "mxfp8", "fp4"])
+def test_a_built_in_tile_of_another_height_is_one_that_is_tried(operand: Operand) -> None:
+    """Where a search starts."""
+    for tables in (HOPPER, ANY_CARD):
+        for most, built_in in tables[operand]:
+            for height in heights(most, operand):
+                tile = of_height(built_in, height, operand)
+                assert tile.block_m == height
+                wrong = tile_refusal(
+                    tile, blocks=operand == "fp8", grouped=operand in {"mxfp8", "fp4"}
+                )
+                assert wrong is None, tile
 
 
 def test_what_can_fit_is_compiled_ahead_once(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:

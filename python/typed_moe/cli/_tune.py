@@ -209,7 +209,7 @@ class _Search:
         assert before is not None, "looked at before"
         yield built_in, before
         for height in heights(rows, self._operand):
-            start = of_height(built_in, height)
+            start = of_height(built_in, height, self._operand)
             for product in (0, 1):
                 for number in range(ROUNDS):
                     tiles = [start, *self._changed(start, product, number)]

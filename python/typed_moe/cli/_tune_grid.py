@@ -121,7 +121,7 @@ def limits_of(device: torch.device) -> Limits:
     return Limits(shared_memory=shared, tma=properties.major >= 9)
 
 
-def of_height(tile: ExpertTile, height: int) -> ExpertTile:
+def of_height(tile: ExpertTile, height: int, operand: Operand) -> ExpertTile:
     """The same products on blocks of another height; copied by descriptor in high ones alone."""
     if tile.block_m == height:
         return tile
@@ -130,6 +130,11 @@ def of_height(tile: ExpertTile, height: int) -> ExpertTile:
         attrs.evolve(gemm, group_m=group, tma=gemm.tma and height >= _TALL, persistent=False)
         for gemm in (tile.first, tile.second)
     )
+    if operand == "fp8":
+        first, second = (
+            attrs.evolve(gemm, block_k=min(gemm.block_k, most_fp8_step(gemm, height)))
+            for gemm in (first, second)
+        )
     return ExpertTile(block_m=height, first=first, second=second)
 
 
