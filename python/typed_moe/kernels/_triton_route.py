@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import close_blocks, follow, place_whole
+from typed_moe.kernels._triton_slots import begin, close_blocks, finish, place_whole
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -451,6 +451,7 @@ def route_kernel(
     BLOCK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """ROWS rows: ids and weights, best first.
 
@@ -458,7 +459,7 @@ def route_kernel(
     or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
     them.
     """
-    follow(PDL)
+    begin(PDL, EARLY)
     program = tl.program_id(0)
     place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
     within = place % GROUP_PAD
@@ -509,3 +510,4 @@ def route_kernel(
             GROUP_PAD,
             BLOCK,
         )
+    finish(EARLY)
