@@ -40,6 +40,7 @@ from typed_moe import (
 )
 from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
+from typed_moe.kernels.args import given_scale
 from typed_moe.quantization import (
     quantize_activation,
     relative_error_bound,
@@ -364,7 +365,7 @@ def test_nan_in_mxfp8() -> None:
     made = record("mxfp8", oracle.Act())
     args = made.make(precomputed(*chosen()))
     assert isinstance(args, Fp8BlockMoeArgs)
-    x, scale = args.hidden_states.clone(), args.hidden_states_scale.clone()
+    x, scale = args.hidden_states.clone(), given_scale(args).clone()
     x[2, :32], scale[2] = 0.0, 255
     x.view(torch.uint8)[3, 7] = 0x7F
     got = TritonKernel()(

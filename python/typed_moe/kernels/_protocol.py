@@ -97,7 +97,11 @@ class UnfinalizedKernel(Protocol):
 
 @runtime_checkable
 class QuantizingKernel(Protocol):
-    """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch."""
+    """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch.
+
+    It takes records with `to_format`, whose activations are floating point still: so it may route
+    while it quantises.
+    """
 
     def quantize(
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None

@@ -194,9 +194,13 @@ def prepared(
         tile = tile_of(settings, tokens, sort=sort is not None) if tile is None else tile
         rows = power_of_two(tokens)
         whole = tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS
+        slots = marks = None
+        if sort is not None:
+            slots = _empty_slots(sort, tokens * top_k, logits.device)
         if sort is not None and whole:
             tile = attrs.evolve(tile, rows=rows, warps=tile.whole_warps * rows)
-        marked = sort is not None and not whole
+        elif sort is not None:
+            marks = _row_marks(settings, tokens, tile, sort, logits.device)
         return Call(
             settings=settings,
             logits=logits if logits.stride(1) == 1 else logits.contiguous(),
@@ -204,8 +208,8 @@ def prepared(
             ids=torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device),
             weights=torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device),
             tile=tile,
-            slots=None if sort is None else _empty_slots(sort, tokens * top_k, logits.device),
-            marks=_row_marks(settings, tokens, tile, sort, logits.device) if marked else None,
+            slots=slots,
+            marks=marks,
         )
 
 

@@ -1,5 +1,8 @@
 """Triton: activations into the formats other than DeepSeek's blocks, one launch for what PyTorch takes a dozen.
 
+With PACK above 0 a kernel writes what the format makes of the values, in bfloat16 and PACK parts, as the
+grouped weight formats read them: in one launch what `typed_moe.kernels._triton_widen` makes of the stored.
+
 Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 """
 
@@ -9,6 +12,7 @@ import triton
 import triton.language as tl
 
 from typed_moe.kernels._triton_experts import largest, to_e4m3
+from typed_moe.kernels._triton_formats import e2m1, e4m3, e8m0
 from typed_moe.kernels._triton_slots import follow
 
 _WHOLE_NUMBERS = tl.constexpr(12582912.0)
@@ -33,6 +37,24 @@ def to_e2m1(x: tl.tensor) -> tl.tensor:
     code = tl.minimum(code, rounded(a * 0.5) + 4.0).to(tl.int32)
     sign = x.to(tl.int32, bitcast=True) >> 31
     return code | (sign & 8)
+
+
+@triton.jit
+def store_parts(
+    out_ptr: tl.tensor,
+    row: tl.tensor,
+    values: tl.tensor,
+    first: tl.tensor,
+    H: tl.constexpr,
+    PACK: tl.constexpr,
+) -> None:
+    """VALUES columns of a row from `first` on, exact in bfloat16, to the row's PACK parts."""
+    VALUES: tl.constexpr = values.shape[0] * values.shape[1]
+    values = tl.reshape(values, [VALUES // PACK, PACK])
+    within = first // PACK + tl.arange(0, VALUES // PACK)[:, None]
+    part = tl.arange(0, PACK)[None, :]
+    out_at = out_ptr + row * H + part * (H // PACK) + within
+    tl.store(out_at, values.to(tl.bfloat16), mask=within < H // PACK)
 
 
 @triton.jit
@@ -63,6 +85,7 @@ def quantize_mx_kernel(
     x_stride: tl.tensor,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    PACK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -78,8 +101,12 @@ def quantize_mx_kernel(
     bits = tl.where(scale == 255, 0x7FC00000, -(scale - 254) << 23)
     inverse = bits.to(tl.float32, bitcast=True)
     data = to_e4m3(x * inverse[:, None], DEVICE)
-    tl.store(out_ptr + row * H + at, data, mask=at < H)
-    tl.store(scale_ptr + row * (H // 32) + group, scale.to(tl.uint8), mask=group < H // 32)
+    if PACK > 0:
+        values = e4m3(data.to(tl.uint8, bitcast=True)) * e8m0(scale)[:, None]
+        store_parts(out_ptr, row, values, tl.program_id(1) * GROUPS * 32, H, PACK)
+    else:
+        tl.store(out_ptr + row * H + at, data, mask=at < H)
+        tl.store(scale_ptr + row * (H // 32) + group, scale.to(tl.uint8), mask=group < H // 32)
 
 
 @triton.jit
@@ -91,6 +118,7 @@ def quantize_nvfp4_kernel(
     x_stride: tl.tensor,
     H: tl.constexpr,
     GROUPS: tl.constexpr,
+    PACK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -114,5 +142,10 @@ def quantize_nvfp4_kernel(
     scale = to_e4m3(wanted, DEVICE)
     multiplier = tl.broadcast_to((scale.to(tl.float32) * whole)[:, None], even.shape)
     low, high = to_e2m1(tl.div_rn(even, multiplier)), to_e2m1(tl.div_rn(odd, multiplier))
-    tl.store(out_ptr + row * (H // 2) + pair, (low | high << 4).to(tl.uint8), mask=inside)
-    tl.store(scale_ptr + row * (H // 16) + group, scale, mask=group < H // 16)
+    if PACK > 0:
+        worth = e4m3(scale.to(tl.uint8, bitcast=True))[:, None]
+        values = tl.reshape(tl.join(e2m1(low) * worth, e2m1(high) * worth), [GROUPS, 16])
+        store_parts(out_ptr, row, values, tl.program_id(1) * GROUPS * 16, H, PACK)
+    else:
+        tl.store(out_ptr + row * (H // 2) + pair, (low | high << 4).to(tl.uint8), mask=inside)
+        tl.store(scale_ptr + row * (H // 16) + group, scale, mask=group < H // 16)

@@ -10,10 +10,10 @@ Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from types import MappingProxyType
-from typing import Literal, Protocol, final
+from typing import TYPE_CHECKING, Literal, Protocol, final
 
 import attrs
 import torch
@@ -44,6 +44,7 @@ from typed_moe.kernels.args import (
     MoeArgs,
     Precomputed,
     Routing,
+    ToFormat,
 )
 from typed_moe.kernels.fused_routing import fused_routing_refusal, sort_slots
 from typed_moe.kernels.reference import append_shared
@@ -58,6 +59,9 @@ from typed_moe.routing import (
     Tier,
     as_global_ids,
 )
+
+if TYPE_CHECKING:
+    from typed_moe.kernels._triton_launch import Call
 
 _MULTIPLE_FP8_BLOCK = 128
 _MULTIPLES: Mapping[str, int] = MappingProxyType(
@@ -138,8 +142,7 @@ class TritonKernel:
         Raises:
             TypeError: a record of another family, or of another dtype.
         """
-        operands = self._operands(args)
-        tile, slots = self._placed(args, operands)
+        operands, tile, slots = self._placed(args)
         launch = _launch()
         return launch.combine(launch.rows(operands, slots, args.experts, tile), slots, args.output)
 
@@ -152,8 +155,7 @@ class TritonKernel:
 
     def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
         """T * k rows, one per slot; those of no local expert are undefined."""
-        operands = self._operands(args)
-        tile, slots = self._placed(args, operands)
+        operands, tile, slots = self._placed(args)
         moved = slots.ids - slots.sorted.first_local
         is_local = (moved >= 0) & (moved < slots.sorted.counts.shape[0])
         number = torch.arange(slots.ids.numel(), dtype=torch.int32, device=slots.ids.device)
@@ -168,11 +170,10 @@ class TritonKernel:
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
     ) -> Quantized:
         """`quantize_activation` in one launch, on cards that convert to float8_e4m3fn; itself on others."""
-        x, multiple = hidden_states, _MULTIPLES.get(quant.name, 0)
-        fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
-        if not fits or not _has_fp8(x.device):
-            return quantize_activation(x, quant, input_scale=input_scale)
-        return _quantized(_rows(x), quant, input_scale)
+        made = _quantized(hidden_states, quant, input_scale)
+        if made is not None:
+            return made
+        return quantize_activation(hidden_states, quant, input_scale=input_scale)
 
     def _fp8(self, hidden_states: Tensor) -> Literal["native", "bits"]:
         return self.fp8 or ("native" if _has_fp8(hidden_states.device) else "bits")
@@ -218,23 +219,35 @@ class TritonKernel:
                     "TritonKernel().rules says so before a call"
                 )
 
-    def _placed(self, args: MoeArgs, operands: Operands) -> tuple[ExpertTile, Slots]:
-        """The tile for the call's size, and its slots in blocks of it."""
-        experts, tokens = args.experts, operands.hidden.shape[0]
-        shared = experts.num_fused_shared_experts
-        tile = self.tile
-        if tile is None:
-            slots = tokens * (experts.top_k + shared)
-            if isinstance(args.routing, Precomputed):
-                slots = args.routing.topk_ids.numel()
-            table = _table(operands.hidden.device, _operand(operands))
-            tile = tile_of(table, slots / (experts.num_experts + shared))
+    def _placed(self, args: MoeArgs) -> tuple[Operands, ExpertTile, Slots]:
+        """The record's matrices in their format, the tile for the call's size, its slots in blocks of it."""
+        operands, experts = self._operands(args), args.experts
+        tile = self._tile(args, operands)
         request = SortRequest(
             first_local=experts.local_expert_offset,
-            num_local=experts.local_num_experts + shared,
+            num_local=experts.local_num_experts + experts.num_fused_shared_experts,
             block_size=tile.block_m,
         )
-        return tile, routed_slots(args.routing, experts, request)
+        to_format = _to_format(args)
+        if to_format is None:
+            return operands, tile, routed_slots(args.routing, experts, request)
+        # Routing has its memory before activations are quantised, and nothing is launched between the
+        # two: so it need not wait for them.
+        launch = _prepared(args.routing, experts, request)
+        made = _brought(operands, to_format)
+        if made is not None:
+            return made, tile, launch(early=True)
+        return _brought_by_torch(operands, to_format), tile, launch(early=False)
+
+    def _tile(self, args: MoeArgs, operands: Operands) -> ExpertTile:
+        if self.tile is not None:
+            return self.tile
+        experts, shared = args.experts, args.experts.num_fused_shared_experts
+        slots = operands.hidden.shape[0] * (experts.top_k + shared)
+        if isinstance(args.routing, Precomputed):
+            slots = args.routing.topk_ids.numel()
+        table = _table(operands.hidden.device, _operand(operands))
+        return tile_of(table, slots / (experts.num_experts + shared))
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
         if self.tile is not None:
@@ -339,9 +352,87 @@ def _operand(operands: Operands) -> Operand:
     return "bf16" if operands.fp8 == "none" else "fp8"
 
 
-def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantized:
-    """In one launch where the format asks for one at all."""
-    whole = None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
+def _to_format(args: MoeArgs) -> ToFormat | None:
+    """Into which format the record's activations are still to be brought."""
+    if isinstance(args, Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs):
+        return args.to_format
+    return None
+
+
+def quantized_record(args: MoeArgs) -> MoeArgs:
+    """The record with its activations in the format."""
+    to = _to_format(args)
+    if to is None:
+        return args
+    x = TritonKernel().quantize(args.hidden_states, to.quant, input_scale=to.input_scale)
+    match args:
+        case Fp8PerTensorMoeArgs():
+            return replace(args, hidden_states=x.data, to_format=None)
+        case Fp8BlockMoeArgs() | Fp4MoeArgs():
+            scale = _as_recorded(x.scale, to.quant)
+            return replace(args, hidden_states=x.data, hidden_states_scale=scale, to_format=None)
+        case _:
+            return args
+
+
+def _as_recorded(scale: Tensor | None, quant: Format) -> Tensor | None:
+    """An activation's scales as records have them: a whole tensor's is in the output scales."""
+    if isinstance(quant, Fp8PerTensor):
+        return None
+    return scale.T if scale is not None and isinstance(quant, Fp8BlockScale) else scale
+
+
+def _brought(operands: Operands, to: ToFormat) -> Operands | None:
+    """The activations in their format by one launch, the last one that this makes; None if there is none."""
+    if operands.group:
+        wide = _widened(operands.hidden, to.quant, to.input_scale, operands.pack)
+        return None if wide is None else attrs.evolve(operands, hidden=wide, in_parts=True)
+    made = _quantized(operands.hidden, to.quant, to.input_scale)
+    return None if made is None else _evolved(operands, made, to.quant)
+
+
+def _brought_by_torch(operands: Operands, to: ToFormat) -> Operands:
+    x = quantize_activation(operands.hidden, to.quant, input_scale=to.input_scale)
+    return _evolved(operands, x, to.quant)
+
+
+def _evolved(operands: Operands, x: Quantized, quant: Format) -> Operands:
+    return attrs.evolve(operands, hidden=x.data, hidden_scale=_as_recorded(x.scale, quant))
+
+
+def _fits(x: Tensor, quant: Format) -> bool:
+    """Whether a launch quantises it: only on cards that convert to float8_e4m3fn."""
+    multiple = _MULTIPLES.get(quant.name, 0)
+    fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
+    return bool(fits) and x.shape[0] > 0 and _has_fp8(x.device)
+
+
+def _whole(input_scale: Tensor | None) -> Tensor | None:
+    """A static scale as the kernels read it. That of a layer is float32 already: nothing is launched."""
+    return None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
+
+
+def _widened(x: Tensor, quant: Format, input_scale: Tensor | None, pack: int) -> Tensor | None:
+    """(T, H) bfloat16 in `pack` parts, of the values in their format, times their scales; in one launch."""
+    if not _fits(x, quant):
+        return None
+    x, whole = _rows(x), _whole(input_scale)
+    match quant:
+        case MxFp8() | MxFp4(activation="mxfp8"):
+            return _inputs_launch().widen_mxfp8(x, pack)
+        case Nvfp4() if whole is not None:
+            return _inputs_launch().widen_nvfp4(x, whole, pack)
+        case MxFp4() if x.dtype is torch.bfloat16:
+            return _inputs_launch().widen_bf16(x, pack)
+        case _:
+            return None
+
+
+def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantized | None:
+    """In one launch, where the format asks for one at all."""
+    if not _fits(x, quant):
+        return None
+    x, whole = _rows(x), _whole(input_scale)
     match quant:
         case Fp8BlockScale():
             data, scale = _launch().quantize(x)
@@ -356,7 +447,7 @@ def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantize
             data, scale = _inputs_launch().quantize_nvfp4(x, whole)
             return Quantized(data=data, scale=scale, global_scale=whole.reshape(()))
         case _:
-            return quantize_activation(x, quant, input_scale=input_scale)
+            return None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -366,8 +457,25 @@ def _rows(x: Tensor) -> Tensor:
 
 def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
     """A record's routing, by the fused routing kernel or as given, sorted by expert."""
+    return _prepared(routing, experts, request)(early=False)
+
+
+class _Routes(Protocol):
+    def __call__(self, *, early: bool) -> Slots:
+        """Launch; `early`: behind a launch of this package, see `_triton_launch.launched`."""
+        ...
+
+
+def _prepared(routing: Routing, experts: ExpertArgs, request: SortRequest) -> _Routes:
+    """The same, with the memory of its first launch and without any launch."""
     if isinstance(routing, Precomputed):
-        return _sorted(routing, request, on_input=False)
+        given = routing
+
+        def sort(*, early: bool) -> Slots:
+            del early  # ids may still have to be cast
+            return _sorted(given, request, on_input=False)
+
+        return sort
     settings = _settings(
         routing.routing_method_type,
         routing.n_group,
@@ -378,15 +486,22 @@ def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) ->
         norm_topk_prob=routing.norm_topk_prob,
     )
     shared, on_input = experts.num_fused_shared_experts, routing.use_routing_scales_on_input
-    ids, weights, slots = _routing_launch().route(
+    replay, launches = routing.routing_replay_out, _routing_launch()
+    call = launches.prepared(
         settings, routing.routing_logits, routing.routing_bias, None if shared else request
     )
-    if routing.routing_replay_out is not None:
-        routing.routing_replay_out[: ids.shape[0]].copy_(ids)
-    if slots is not None:
-        return Slots(ids=ids, weights=weights, sorted=slots, on_input=on_input)
-    chosen = Precomputed(topk_ids=as_global_ids(ids), topk_weights=weights)
-    return _sorted(append_shared(chosen, experts.num_experts, shared), request, on_input=on_input)
+
+    def route(*, early: bool) -> Slots:
+        ids, weights, slots = launches.launched(call, early=early)
+        if replay is not None:
+            replay[: ids.shape[0]].copy_(ids)
+        if slots is not None:
+            return Slots(ids=ids, weights=weights, sorted=slots, on_input=on_input)
+        chosen = Precomputed(topk_ids=as_global_ids(ids), topk_weights=weights)
+        both = append_shared(chosen, experts.num_experts, shared)
+        return _sorted(both, request, on_input=on_input)
+
+    return route
 
 
 def _sorted(routing: Precomputed, request: SortRequest, *, on_input: bool) -> Slots:
@@ -477,6 +592,12 @@ class _InputsLaunch(Protocol):
 
     def quantize_nvfp4(self, x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def widen_mxfp8(self, x: Tensor, pack: int) -> Tensor: ...
+
+    def widen_nvfp4(self, x: Tensor, global_scale: Tensor, pack: int) -> Tensor: ...
+
+    def widen_bf16(self, x: Tensor, pack: int) -> Tensor: ...
+
 
 def _inputs_launch() -> _InputsLaunch:
     from typed_moe.kernels import _triton_inputs_launch  # noqa: PLC0415 - heavy
@@ -487,12 +608,16 @@ def _inputs_launch() -> _InputsLaunch:
 class _RoutingLaunch(Protocol):
     """`typed_moe.kernels._triton_launch`, which is imported late."""
 
-    def route(
+    def prepared(
         self,
         settings: RouteSettings,
         logits: Tensor,
         bias: Tensor | None,
         sort: SortRequest | None,
+    ) -> Call: ...
+
+    def launched(
+        self, call: Call, *, early: bool = False
     ) -> tuple[Tensor, Tensor, SortedSlots | None]: ...
 
 
