@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from typed_moe.kernels._fused_rules import RouteSettings, ceil_div, power_of_two
+from typed_moe.kernels._quantizing import PART, Quantizing
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._triton_route import route_kernel
 from typed_moe.kernels._triton_slots import count_kernel, place_kernel, scan_kernel
@@ -213,18 +214,21 @@ def prepared(
         )
 
 
-def launched(call: Call, *, early: bool = False) -> tuple[Tensor, Tensor, SortedSlots | None]:
+def launched(
+    call: Call, *, early: bool = False, beside: Quantizing | None = None
+) -> tuple[Tensor, Tensor, SortedSlots | None]:
     """What `route` gives.
 
     Args:
         call: prepared.
         early: the launch before this one is one of this package's that follows, and was launched
             after the call was prepared: see `_triton_slots`.
+        beside: what the first launch quantises beside routing.
     """
     if call.logits.shape[0] == 0:
         return call.ids, call.weights, None if call.slots is None else _zeroed(call.slots)
     with on_device(call.logits.device):
-        _route(call, early=early)
+        _route(call, beside, early=early)
         if call.slots is not None and call.marks is not None:
             _place(call.slots, call.ids, call.marks, call.tile)
     return call.ids, call.weights, call.slots
@@ -288,7 +292,7 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     return slots
 
 
-def _route(call: Call, *, early: bool) -> None:
+def _route(call: Call, beside: Quantizing | None, *, early: bool) -> None:
     settings, logits, rule = call.settings, call.logits, call.settings.rule
     tile, slots, marks = call.tile, call.slots, call.marks
     group_pad = power_of_two(settings.group_size)
@@ -297,7 +301,7 @@ def _route(call: Call, *, early: bool) -> None:
     pdl = follows(logits.device, wanted=tile.overlap)
     # The last chunk's bits are all written, by programs that have no rows.
     programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
-    route_kernel[(programs,)](
+    route_kernel[(programs + (0 if beside is None else beside.programs),)](
         logits,
         call.bias,
         call.ids,
@@ -314,6 +318,9 @@ def _route(call: Call, *, early: bool) -> None:
         0 if slots is None else slots.first_local,
         0 if slots is None else slots.counts.shape[0],
         0 if slots is None else slots.block_experts.shape[0],
+        *((None,) * 4 if beside is None else beside.pointers),
+        0 if beside is None else beside.x.stride(0),
+        programs,
         E=settings.num_experts,
         K=settings.top_k,
         K_PAD=power_of_two(settings.top_k),
@@ -333,6 +340,10 @@ def _route(call: Call, *, early: bool) -> None:
         W=width,
         SORT="mark" if marks is not None else "none" if slots is None else "whole",
         BLOCK=1 if whole is None else whole.block_size,
+        FORM="none" if beside is None else beside.form,
+        H=0 if beside is None else beside.x.shape[1],
+        VALUES=PART,
+        PACK=0 if beside is None else beside.pack,
         DEVICE=not INTERPRETED,
         EARLY=early and pdl["PDL"],
         num_warps=tile.warps,

@@ -32,6 +32,7 @@ from typed_moe.kernels._expert_tiles import (
 )
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._tile_file import own_table, tile_file, tile_file_refusal
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
@@ -41,6 +42,7 @@ from typed_moe.kernels.args import (
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
     Fp8PerTensorMoeArgs,
+    FromLogits,
     MoeArgs,
     Precomputed,
     Routing,
@@ -170,10 +172,14 @@ class TritonKernel:
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
     ) -> Quantized:
         """`quantize_activation` in one launch, on cards that convert to float8_e4m3fn; itself on others."""
-        made = _quantized(hidden_states, quant, input_scale)
-        if made is not None:
-            return made
-        return quantize_activation(hidden_states, quant, input_scale=input_scale)
+        made = _quantizing(hidden_states, quant, input_scale)
+        if made is None:
+            return quantize_activation(hidden_states, quant, input_scale=input_scale)
+        _inputs_launch().quantize(made)
+        whole = None if made.given is None else made.given.reshape(())
+        if isinstance(quant, Fp8PerTensor):
+            return Quantized(data=made.out, scale=whole)
+        return Quantized(data=made.out, scale=made.scale, global_scale=whole)
 
     def _fp8(self, hidden_states: Tensor) -> Literal["native", "bits"]:
         return self.fp8 or ("native" if _has_fp8(hidden_states.device) else "bits")
@@ -231,13 +237,28 @@ class TritonKernel:
         to_format = _to_format(args)
         if to_format is None:
             return operands, tile, routed_slots(args.routing, experts, request)
-        # Routing has its memory before activations are quantised, and nothing is launched between the
-        # two: so it need not wait for them.
         launch = _prepared(args.routing, experts, request)
-        made = _brought(operands, to_format)
-        if made is not None:
-            return made, tile, launch(early=True)
-        return _brought_by_torch(operands, to_format), tile, launch(early=False)
+        made = _quantizing(
+            operands.hidden,
+            to_format.quant,
+            to_format.input_scale,
+            operands.pack if operands.group else 0,
+        )
+        if made is None:
+            x = quantize_activation(
+                operands.hidden, to_format.quant, input_scale=to_format.input_scale
+            )
+            return _evolved(operands, x, to_format.quant), tile, launch(early=False, beside=None)
+        evolved = attrs.evolve(
+            operands,
+            hidden=made.out,
+            hidden_scale=_as_recorded(made.scale, to_format.quant),
+            in_parts=operands.group > 0,
+        )
+        if isinstance(args.routing, FromLogits) and operands.hidden.shape[0] <= _MOST_BESIDE:
+            return evolved, tile, launch(early=False, beside=made)
+        _inputs_launch().quantize(made)
+        return evolved, tile, launch(early=True, beside=None)
 
     def _tile(self, args: MoeArgs, operands: Operands) -> ExpertTile:
         if self.tile is not None:
@@ -382,70 +403,52 @@ def _as_recorded(scale: Tensor | None, quant: Format) -> Tensor | None:
     return scale.T if scale is not None and isinstance(quant, Fp8BlockScale) else scale
 
 
-def _brought(operands: Operands, to: ToFormat) -> Operands | None:
-    """The activations in their format by one launch, the last one that this makes; None if there is none."""
-    if operands.group:
-        wide = _widened(operands.hidden, to.quant, to.input_scale, operands.pack)
-        return None if wide is None else attrs.evolve(operands, hidden=wide, in_parts=True)
-    made = _quantized(operands.hidden, to.quant, to.input_scale)
-    return None if made is None else _evolved(operands, made, to.quant)
-
-
-def _brought_by_torch(operands: Operands, to: ToFormat) -> Operands:
-    x = quantize_activation(operands.hidden, to.quant, input_scale=to.input_scale)
-    return _evolved(operands, x, to.quant)
+_MOST_BESIDE = 128
+"""Tokens up to which activations are quantised beside routing: few programs, each of a warp or so."""
 
 
 def _evolved(operands: Operands, x: Quantized, quant: Format) -> Operands:
     return attrs.evolve(operands, hidden=x.data, hidden_scale=_as_recorded(x.scale, quant))
 
 
-def _fits(x: Tensor, quant: Format) -> bool:
-    """Whether a launch quantises it: only on cards that convert to float8_e4m3fn."""
+def _quantizing(
+    x: Tensor, quant: Format, input_scale: Tensor | None, pack: int = 0
+) -> Quantizing | None:
+    """What a launch has to do, or None where PyTorch quantises: as on cards without float8_e4m3fn.
+
+    `pack`: of weights that read activations in parts.
+    """
     multiple = _MULTIPLES.get(quant.name, 0)
     fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
-    return bool(fits) and x.shape[0] > 0 and _has_fp8(x.device)
-
-
-def _whole(input_scale: Tensor | None) -> Tensor | None:
-    """A static scale as the kernels read it. That of a layer is float32 already: nothing is launched."""
-    return None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
-
-
-def _widened(x: Tensor, quant: Format, input_scale: Tensor | None, pack: int) -> Tensor | None:
-    """(T, H) bfloat16 in `pack` parts, of the values in their format, times their scales; in one launch."""
-    if not _fits(x, quant):
+    if not fits or x.shape[0] == 0 or not _has_fp8(x.device):
         return None
-    x, whole = _rows(x), _whole(input_scale)
-    match quant:
-        case MxFp8() | MxFp4(activation="mxfp8"):
-            return _inputs_launch().widen_mxfp8(x, pack)
-        case Nvfp4() if whole is not None:
-            return _inputs_launch().widen_nvfp4(x, whole, pack)
-        case MxFp4() if x.dtype is torch.bfloat16:
-            return _inputs_launch().widen_bf16(x, pack)
-        case _:
-            return None
+    x = _rows(x)
+    # That of a layer is float32 already.
+    whole = None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
+    (tokens, width), fp8 = x.shape, torch.float8_e4m3fn
 
+    def empty(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((tokens, columns), dtype=dtype, device=x.device)
 
-def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantized | None:
-    """In one launch, where the format asks for one at all."""
-    if not _fits(x, quant):
-        return None
-    x, whole = _rows(x), _whole(input_scale)
+    wide = empty(width, torch.bfloat16) if pack else None
     match quant:
         case Fp8BlockScale():
-            data, scale = _launch().quantize(x)
-            return Quantized(data=data, scale=scale)
-        case MxFp8() | MxFp4(activation="mxfp8"):
-            data, scale = _inputs_launch().quantize_mxfp8(x)
-            return Quantized(data=data, scale=scale)
+            scale = empty(width // 128, torch.float32)
+            return Quantizing(form="block", x=x, out=empty(width, fp8), scale=scale)
         case Fp8PerTensor() if whole is not None:
-            data = _inputs_launch().quantize_tensor(x, whole)
-            return Quantized(data=data, scale=whole.reshape(()))
+            return Quantizing(form="tensor", x=x, given=whole, out=empty(width, fp8))
+        case MxFp8() | MxFp4(activation="mxfp8"):
+            if wide is not None:
+                return Quantizing(form="mxfp8", x=x, out=wide, pack=pack)
+            scale = empty(width // 32, torch.uint8)
+            return Quantizing(form="mxfp8", x=x, out=empty(width, fp8), scale=scale)
         case Nvfp4() if whole is not None:
-            data, scale = _inputs_launch().quantize_nvfp4(x, whole)
-            return Quantized(data=data, scale=scale, global_scale=whole.reshape(()))
+            if wide is not None:
+                return Quantizing(form="nvfp4", x=x, given=whole, out=wide, pack=pack)
+            out, scale = empty(width // 2, torch.uint8), empty(width // 16, fp8)
+            return Quantizing(form="nvfp4", x=x, given=whole, out=out, scale=scale)
+        case MxFp4() if wide is not None and x.dtype is torch.bfloat16:
+            return Quantizing(form="parts", x=x, out=wide, pack=pack)
         case _:
             return None
 
@@ -457,11 +460,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
     """A record's routing, by the fused routing kernel or as given, sorted by expert."""
-    return _prepared(routing, experts, request)(early=False)
+    return _prepared(routing, experts, request)(early=False, beside=None)
 
 
 class _Routes(Protocol):
-    def __call__(self, *, early: bool) -> Slots:
+    def __call__(self, *, early: bool, beside: Quantizing | None) -> Slots:
         """Launch; `early`: behind a launch of this package, see `_triton_launch.launched`."""
         ...
 
@@ -471,8 +474,9 @@ def _prepared(routing: Routing, experts: ExpertArgs, request: SortRequest) -> _R
     if isinstance(routing, Precomputed):
         given = routing
 
-        def sort(*, early: bool) -> Slots:
+        def sort(*, early: bool, beside: Quantizing | None) -> Slots:
             del early  # ids may still have to be cast
+            assert beside is None
             return _sorted(given, request, on_input=False)
 
         return sort
@@ -491,8 +495,8 @@ def _prepared(routing: Routing, experts: ExpertArgs, request: SortRequest) -> _R
         settings, routing.routing_logits, routing.routing_bias, None if shared else request
     )
 
-    def route(*, early: bool) -> Slots:
-        ids, weights, slots = launches.launched(call, early=early)
+    def route(*, early: bool, beside: Quantizing | None) -> Slots:
+        ids, weights, slots = launches.launched(call, early=early, beside=beside)
         if replay is not None:
             replay[: ids.shape[0]].copy_(ids)
         if slots is not None:
@@ -574,8 +578,6 @@ class _Launch(Protocol):
         self, rows: Tensor, slots: Slots, output: Tensor | None, place: Tensor | None = None
     ) -> Tensor: ...
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
 
 def _launch() -> _Launch:
     from typed_moe.kernels import _triton_experts_launch  # noqa: PLC0415 - heavy
@@ -586,17 +588,7 @@ def _launch() -> _Launch:
 class _InputsLaunch(Protocol):
     """`typed_moe.kernels._triton_inputs_launch`, which is imported late."""
 
-    def quantize_tensor(self, x: Tensor, scale: Tensor) -> Tensor: ...
-
-    def quantize_mxfp8(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def quantize_nvfp4(self, x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def widen_mxfp8(self, x: Tensor, pack: int) -> Tensor: ...
-
-    def widen_nvfp4(self, x: Tensor, global_scale: Tensor, pack: int) -> Tensor: ...
-
-    def widen_bf16(self, x: Tensor, pack: int) -> Tensor: ...
+    def quantize(self, quantizing: Quantizing) -> None: ...
 
 
 def _inputs_launch() -> _InputsLaunch:
@@ -617,7 +609,7 @@ class _RoutingLaunch(Protocol):
     ) -> Call: ...
 
     def launched(
-        self, call: Call, *, early: bool = False
+        self, call: Call, *, early: bool = False, beside: Quantizing | None = None
     ) -> tuple[Tensor, Tensor, SortedSlots | None]: ...
 
 
