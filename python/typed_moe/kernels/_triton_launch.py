@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from math import comb
-from typing import final
+from typing import Literal, final
 
 import attrs
 import torch
@@ -106,22 +106,13 @@ class Marks:
 @final
 @attrs.frozen(kw_only=True, eq=False)
 class Call:
-    """One call's tensors, all of them allocated: logits (T, E), bias (E,), and the results (T, k).
-
-    Attributes:
-        tile: of the launches.
-        slots: where slots are sorted.
-        marks: where that takes more than the one launch.
-    """
+    """One call's tensors: logits (T, E), bias (E,), and the results (T, k)."""
 
     settings: RouteSettings
     logits: Tensor
     bias: Tensor | None
     ids: Tensor
     weights: Tensor
-    tile: Tile
-    slots: SortedSlots | None
-    marks: Marks | None
 
 
 def tile_of(settings: RouteSettings, num_tokens: int, *, sort: bool) -> Tile:
@@ -177,61 +168,47 @@ def route(
     bias: Tensor | None,
     sort: SortRequest | None,
     tile: Tile | None = None,
+    beside: Quantizing | None = None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
-    """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for."""
-    return launched(prepared(settings, logits, bias, sort, tile))
+    """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for.
+
+    `beside` of T rows is quantised by the same launch, by programs of its own.
+    """
+    with on_device(logits.device):
+        return _route_rows(settings, logits, bias, sort, tile, beside)
 
 
-def prepared(
+def _route_rows(
     settings: RouteSettings,
     logits: Tensor,
     bias: Tensor | None,
     sort: SortRequest | None,
-    tile: Tile | None = None,
-) -> Call:
-    """A call that has its memory, and still has to be launched."""
-    with on_device(logits.device):
-        tokens, top_k = logits.shape[0], settings.top_k
-        tile = tile_of(settings, tokens, sort=sort is not None) if tile is None else tile
-        rows = power_of_two(tokens)
-        whole = tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS
-        slots = marks = None
-        if sort is not None:
-            slots = _empty_slots(sort, tokens * top_k, logits.device)
-        if sort is not None and whole:
-            tile = attrs.evolve(tile, rows=rows, warps=tile.whole_warps * rows)
-        elif sort is not None:
-            marks = _row_marks(settings, tokens, tile, sort, logits.device)
-        return Call(
-            settings=settings,
-            logits=logits if logits.stride(1) == 1 else logits.contiguous(),
-            bias=None if bias is None else bias.contiguous(),
-            ids=torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device),
-            weights=torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device),
-            tile=tile,
-            slots=slots,
-            marks=marks,
-        )
-
-
-def launched(
-    call: Call, *, early: bool = False, beside: Quantizing | None = None
+    tile: Tile | None,
+    beside: Quantizing | None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
-    """What `route` gives.
-
-    Args:
-        call: prepared.
-        early: the launch before this one is one of this package's that follows, and was launched
-            after the call was prepared: see `_triton_slots`.
-        beside: what the first launch quantises beside routing.
-    """
-    if call.logits.shape[0] == 0:
-        return call.ids, call.weights, None if call.slots is None else _zeroed(call.slots)
-    with on_device(call.logits.device):
-        _route(call, beside, early=early)
-        if call.slots is not None and call.marks is not None:
-            _place(call.slots, call.ids, call.marks, call.tile)
-    return call.ids, call.weights, call.slots
+    tokens, top_k = logits.shape[0], settings.top_k
+    ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if tokens == 0:
+        return ids, weights, None if sort is None else _no_slots(sort, logits.device)
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
+    tile = tile_of(settings, tokens, sort=sort is not None) if tile is None else tile
+    if sort is None:
+        _route(call, tile, "none", None, None, beside)
+        return ids, weights, None
+    slots = _empty_slots(sort, tokens * top_k, logits.device)
+    rows = power_of_two(tokens)
+    if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
+        whole = attrs.evolve(tile, rows=rows, warps=tile.whole_warps * rows)
+        _route(call, whole, "whole", slots, None, beside)
+        return ids, weights, slots
+    marks = _row_marks(settings, tokens, tile, sort, logits.device)
+    _route(call, tile, "mark", slots, marks, beside)
+    _place(slots, ids, marks, tile)
+    return ids, weights, slots
 
 
 def follows(device: torch.device, *, wanted: bool = True) -> dict[str, bool]:
@@ -259,7 +236,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     num_slots = ids.numel()
     if num_slots == 0:
-        return _zeroed(_empty_slots(sort, 0, ids.device))
+        return _no_slots(sort, ids.device)
     ids = ids.to(torch.int32).contiguous()
     slots = _empty_slots(sort, num_slots, ids.device)
     chunks = ceil_div(num_slots, _GIVEN_CHUNK)
@@ -292,13 +269,18 @@ def _sort_ids(ids: Tensor, sort: SortRequest) -> SortedSlots:
     return slots
 
 
-def _route(call: Call, beside: Quantizing | None, *, early: bool) -> None:
+def _route(
+    call: Call,
+    tile: Tile,
+    mode: Literal["none", "mark", "whole"],
+    slots: SortedSlots | None,
+    marks: Marks | None,
+    beside: Quantizing | None,
+) -> None:
     settings, logits, rule = call.settings, call.logits, call.settings.rule
-    tile, slots, marks = call.tile, call.slots, call.marks
     group_pad = power_of_two(settings.group_size)
     width = min(tile.width, group_pad)
-    whole = slots if marks is None else None
-    pdl = follows(logits.device, wanted=tile.overlap)
+    whole = slots if mode == "whole" else None
     # The last chunk's bits are all written, by programs that have no rows.
     programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
     route_kernel[(programs + (0 if beside is None else beside.programs),)](
@@ -338,16 +320,15 @@ def _route(call: Call, beside: Quantizing | None, *, early: bool) -> None:
         J=settings.places // width,
         ROWS=tile.rows,
         W=width,
-        SORT="mark" if marks is not None else "none" if slots is None else "whole",
+        SORT=mode,
         BLOCK=1 if whole is None else whole.block_size,
         FORM="none" if beside is None else beside.form,
         H=0 if beside is None else beside.x.shape[1],
         VALUES=PART,
         PACK=0 if beside is None else beside.pack,
         DEVICE=not INTERPRETED,
-        EARLY=early and pdl["PDL"],
         num_warps=tile.warps,
-        **pdl,
+        **follows(logits.device, wanted=tile.overlap),
     )
 
 
@@ -457,8 +438,9 @@ def _empty_slots(sort: SortRequest, num_slots: int, device: torch.device) -> Sor
     )
 
 
-def _zeroed(slots: SortedSlots) -> SortedSlots:
-    """Those of no tokens: nothing is launched but two fills."""
-    slots.counts.zero_()
-    slots.offsets.zero_()
-    return slots
+def _no_slots(sort: SortRequest, device: torch.device) -> SortedSlots:
+    """Of no tokens: nothing is launched but two fills."""
+    empty = _empty_slots(sort, 0, device)
+    empty.counts.zero_()
+    empty.offsets.zero_()
+    return empty

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from typed_moe.kernels._triton_quantize import quantize_part
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
-from typed_moe.kernels._triton_slots import begin, close_blocks, finish, place_whole
+from typed_moe.kernels._triton_slots import close_blocks, follow, place_whole
 
 NO_EXPERT = tl.constexpr(2**30)
 """Above every expert id."""
@@ -463,7 +463,6 @@ def route_kernel(
     PACK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
-    EARLY: tl.constexpr,
 ) -> None:
     """ROWS rows: ids and weights, best first.
 
@@ -474,7 +473,7 @@ def route_kernel(
     FORM other than "none": `num_routing` programs route, and those behind them each quantise a part of the
     activations, which nothing here depends on.
     """
-    begin(PDL, EARLY)
+    follow(PDL)
     program = tl.program_id(0)
     if FORM != "none":  # noqa: SIM102 - where it is, nothing below is compiled
         if program >= num_routing:
@@ -541,4 +540,3 @@ def route_kernel(
             GROUP_PAD,
             BLOCK,
         )
-    finish(EARLY)

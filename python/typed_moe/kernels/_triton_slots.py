@@ -14,14 +14,10 @@ Every program of `place_kernel` adds up the chunks before its own; where that is
 `scan_kernel` does it once, in a launch between the two. A slot on a block's first place says whose
 the block is.
 
-With PDL a kernel is launched while the one before it still runs. `follow` waits for that one and only then
-lets the next one start. So behind a launch that follows, all but that launch is complete: what was written
-before it may be read ahead of the wait, from the L2 cache, where the writes are. Nothing is written ahead.
-
-An EARLY launch reads and writes without waiting, and waits at its end (`begin`, `finish`), so that whoever
-waits for it has waited for the one before it too. It needs one before it that follows, that writes nothing
-of what it reads, and for which everything was ready: its inputs were written, and its memory was allocated,
-before that one was launched. Hence the one before is always one of the same call, never a caller's.
+With PDL a kernel is launched while the one before it still runs. `follow` waits for that one, and only then
+lets the next one start. So where the launch before is one that follows, all launches before that one are
+complete, and what they wrote may be read ahead of the wait, from the L2 cache, where writes are. Where it is
+a caller's or a library's nothing is read ahead, and nothing is ever written ahead.
 
 Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 """
@@ -42,22 +38,6 @@ def follow(PDL: tl.constexpr) -> None:
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-
-
-@triton.jit
-def begin(PDL: tl.constexpr, EARLY: tl.constexpr) -> None:
-    """`follow`; or, EARLY, let the next launch start, and wait in `finish`."""
-    if EARLY:
-        gdc_launch_dependents()
-    else:
-        follow(PDL)
-
-
-@triton.jit
-def finish(EARLY: tl.constexpr) -> None:
-    """The wait that `begin` has left out."""
-    if EARLY:
-        gdc_wait()
 
 
 @triton.jit

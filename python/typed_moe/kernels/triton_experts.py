@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol, final
+from typing import Literal, Protocol, final
 
 import attrs
 import torch
@@ -61,9 +61,6 @@ from typed_moe.routing import (
     Tier,
     as_global_ids,
 )
-
-if TYPE_CHECKING:
-    from typed_moe.kernels._triton_launch import Call
 
 _MULTIPLE_FP8_BLOCK = 128
 _MULTIPLES: Mapping[str, int] = MappingProxyType(
@@ -234,31 +231,22 @@ class TritonKernel:
             num_local=experts.local_num_experts + experts.num_fused_shared_experts,
             block_size=tile.block_m,
         )
-        to_format = _to_format(args)
-        if to_format is None:
+        to = _to_format(args)
+        if to is None:
             return operands, tile, routed_slots(args.routing, experts, request)
-        launch = _prepared(args.routing, experts, request)
-        made = _quantizing(
-            operands.hidden,
-            to_format.quant,
-            to_format.input_scale,
-            operands.pack if operands.group else 0,
-        )
+        pack = operands.pack if operands.group else 0
+        made = _quantizing(operands.hidden, to.quant, to.input_scale, pack)
         if made is None:
-            x = quantize_activation(
-                operands.hidden, to_format.quant, input_scale=to_format.input_scale
-            )
-            return _evolved(operands, x, to_format.quant), tile, launch(early=False, beside=None)
-        evolved = attrs.evolve(
-            operands,
-            hidden=made.out,
-            hidden_scale=_as_recorded(made.scale, to_format.quant),
-            in_parts=operands.group > 0,
-        )
-        if isinstance(args.routing, FromLogits) and operands.hidden.shape[0] <= _MOST_BESIDE:
-            return evolved, tile, launch(early=False, beside=made)
+            x = quantize_activation(operands.hidden, to.quant, input_scale=to.input_scale)
+            scale = _as_recorded(x.scale, to.quant)
+            operands = attrs.evolve(operands, hidden=x.data, hidden_scale=scale)
+            return operands, tile, routed_slots(args.routing, experts, request)
+        scale = _as_recorded(made.scale, to.quant)
+        operands = attrs.evolve(operands, hidden=made.out, hidden_scale=scale, in_parts=pack > 0)
+        if isinstance(args.routing, FromLogits) and made.x.shape[0] <= _MOST_BESIDE:
+            return operands, tile, routed_slots(args.routing, experts, request, made)
         _inputs_launch().quantize(made)
-        return evolved, tile, launch(early=True, beside=None)
+        return operands, tile, routed_slots(args.routing, experts, request)
 
     def _tile(self, args: MoeArgs, operands: Operands) -> ExpertTile:
         if self.tile is not None:
@@ -407,10 +395,6 @@ _MOST_BESIDE = 128
 """Tokens up to which activations are quantised beside routing: few programs, each of a warp or so."""
 
 
-def _evolved(operands: Operands, x: Quantized, quant: Format) -> Operands:
-    return attrs.evolve(operands, hidden=x.data, hidden_scale=_as_recorded(x.scale, quant))
-
-
 def _quantizing(
     x: Tensor, quant: Format, input_scale: Tensor | None, pack: int = 0
 ) -> Quantizing | None:
@@ -458,28 +442,19 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
-    """A record's routing, by the fused routing kernel or as given, sorted by expert."""
-    return _prepared(routing, experts, request)(early=False, beside=None)
+def routed_slots(
+    routing: Routing,
+    experts: ExpertArgs,
+    request: SortRequest,
+    beside: Quantizing | None = None,
+) -> Slots:
+    """A record's routing, by the fused routing kernel or as given, sorted by expert.
 
-
-class _Routes(Protocol):
-    def __call__(self, *, early: bool, beside: Quantizing | None) -> Slots:
-        """Launch; `early`: behind a launch of this package, see `_triton_launch.launched`."""
-        ...
-
-
-def _prepared(routing: Routing, experts: ExpertArgs, request: SortRequest) -> _Routes:
-    """The same, with the memory of its first launch and without any launch."""
+    `beside`: what the fused routing kernel's launch quantises.
+    """
     if isinstance(routing, Precomputed):
-        given = routing
-
-        def sort(*, early: bool, beside: Quantizing | None) -> Slots:
-            del early  # ids may still have to be cast
-            assert beside is None
-            return _sorted(given, request, on_input=False)
-
-        return sort
+        assert beside is None, "nothing is routed beside it"
+        return _sorted(routing, request, on_input=False)
     settings = _settings(
         routing.routing_method_type,
         routing.n_group,
@@ -490,22 +465,19 @@ def _prepared(routing: Routing, experts: ExpertArgs, request: SortRequest) -> _R
         norm_topk_prob=routing.norm_topk_prob,
     )
     shared, on_input = experts.num_fused_shared_experts, routing.use_routing_scales_on_input
-    replay, launches = routing.routing_replay_out, _routing_launch()
-    call = launches.prepared(
-        settings, routing.routing_logits, routing.routing_bias, None if shared else request
+    ids, weights, slots = _routing_launch().route(
+        settings,
+        routing.routing_logits,
+        routing.routing_bias,
+        None if shared else request,
+        beside=beside,
     )
-
-    def route(*, early: bool, beside: Quantizing | None) -> Slots:
-        ids, weights, slots = launches.launched(call, early=early, beside=beside)
-        if replay is not None:
-            replay[: ids.shape[0]].copy_(ids)
-        if slots is not None:
-            return Slots(ids=ids, weights=weights, sorted=slots, on_input=on_input)
-        chosen = Precomputed(topk_ids=as_global_ids(ids), topk_weights=weights)
-        both = append_shared(chosen, experts.num_experts, shared)
-        return _sorted(both, request, on_input=on_input)
-
-    return route
+    if routing.routing_replay_out is not None:
+        routing.routing_replay_out[: ids.shape[0]].copy_(ids)
+    if slots is not None:
+        return Slots(ids=ids, weights=weights, sorted=slots, on_input=on_input)
+    chosen = Precomputed(topk_ids=as_global_ids(ids), topk_weights=weights)
+    return _sorted(append_shared(chosen, experts.num_experts, shared), request, on_input=on_input)
 
 
 def _sorted(routing: Precomputed, request: SortRequest, *, on_input: bool) -> Slots:
@@ -600,16 +572,14 @@ def _inputs_launch() -> _InputsLaunch:
 class _RoutingLaunch(Protocol):
     """`typed_moe.kernels._triton_launch`, which is imported late."""
 
-    def prepared(
+    def route(
         self,
         settings: RouteSettings,
         logits: Tensor,
         bias: Tensor | None,
         sort: SortRequest | None,
-    ) -> Call: ...
-
-    def launched(
-        self, call: Call, *, early: bool = False, beside: Quantizing | None = None
+        *,
+        beside: Quantizing | None = None,
     ) -> tuple[Tensor, Tensor, SortedSlots | None]: ...
 
 
