@@ -99,8 +99,8 @@ class UnfinalizedKernel(Protocol):
 class QuantizingKernel(Protocol):
     """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch.
 
-    It takes records with `to_format`, whose activations are floating point still: so it may route
-    while it quantises.
+    Its records come with `to_format`, the activations floating point still: so it may quantise while it
+    routes.
     """
 
     def quantize(

@@ -343,11 +343,12 @@ def first_kernel(
     """
     follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Both before the branch, so that one does not wait for the other.
     expert = tl.load(block_experts_ptr + block).to(tl.int64)
+    slot = tl.load(slots_ptr + place)
     if expert < 0:
         return
-    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    slot = tl.load(slots_ptr + place)
     used = slot < num_slots
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)

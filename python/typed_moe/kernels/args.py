@@ -333,12 +333,20 @@ def check_in_format(args: MoeArgs) -> None:
     Raises:
         ValueError: its activations are not in the format.
     """
-    if not isinstance(args, Bf16MoeArgs | Fp8PerChannelMoeArgs | MxInt4MoeArgs) and args.to_format:
+    to = to_format_of(args)
+    if to is not None:
         raise ValueError(
             f"the record's hidden_states are {args.hidden_states.dtype}, for the kernel to bring to "
-            f"{args.to_format.quant.name}, which this one does not do; pass them in the format "
+            f"{to.quant.name}, which this one does not do; pass them in the format "
             "(typed_moe.quantization.quantize_activation) and leave out to_format"
         )
+
+
+def to_format_of(args: MoeArgs) -> ToFormat | None:
+    """Into which format the record's activations are still to be brought."""
+    if isinstance(args, Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs):
+        return args.to_format
+    return None
 
 
 def given_scale(args: Fp8BlockMoeArgs) -> Tensor:

@@ -1,7 +1,7 @@
 """The experts in Triton, for CUDA cards from compute capability 8.0 on.
 
 Four to six launches for a layer from logits (routing and sorting in one to three, the first product with
-its activation, the second, the weighted sum), and one to three more for what a format quantises, without a
+its activation, the second, the weighted sum), and up to two more for what a format quantises, without a
 host synchronisation and without atomics. Triton is imported at the first call, not before.
 
 Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per token.
@@ -46,7 +46,7 @@ from typed_moe.kernels.args import (
     MoeArgs,
     Precomputed,
     Routing,
-    ToFormat,
+    to_format_of,
 )
 from typed_moe.kernels.fused_routing import fused_routing_refusal, sort_slots
 from typed_moe.kernels.reference import append_shared
@@ -76,6 +76,8 @@ _MULTIPLES: Mapping[str, int] = MappingProxyType(
 )
 """Of both widths, by format: 16 bytes in a row, and whole groups that share a scale."""
 _NATIVE_FP8 = (8, 9)
+_MOST_BESIDE = 128
+"""Tokens up to which activations are quantised beside routing, by programs of its few warps."""
 _LEAST_STEP: Mapping[str, int] = MappingProxyType({"mxfp8": 32, "mxfp4": 64, "nvfp4": 64})
 """Values of the sum: sixteen elements of two bytes, as a matrix unit takes them."""
 
@@ -231,7 +233,7 @@ class TritonKernel:
             num_local=experts.local_num_experts + experts.num_fused_shared_experts,
             block_size=tile.block_m,
         )
-        to = _to_format(args)
+        to = to_format_of(args)
         if to is None:
             return operands, tile, routed_slots(args.routing, experts, request)
         pack = operands.pack if operands.group else 0
@@ -249,6 +251,7 @@ class TritonKernel:
         return operands, tile, routed_slots(args.routing, experts, request)
 
     def _tile(self, args: MoeArgs, operands: Operands) -> ExpertTile:
+        """For the call's size."""
         if self.tile is not None:
             return self.tile
         experts, shared = args.experts, args.experts.num_fused_shared_experts
@@ -361,16 +364,9 @@ def _operand(operands: Operands) -> Operand:
     return "bf16" if operands.fp8 == "none" else "fp8"
 
 
-def _to_format(args: MoeArgs) -> ToFormat | None:
-    """Into which format the record's activations are still to be brought."""
-    if isinstance(args, Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs):
-        return args.to_format
-    return None
-
-
 def quantized_record(args: MoeArgs) -> MoeArgs:
     """The record with its activations in the format."""
-    to = _to_format(args)
+    to = to_format_of(args)
     if to is None:
         return args
     x = TritonKernel().quantize(args.hidden_states, to.quant, input_scale=to.input_scale)
@@ -389,10 +385,6 @@ def _as_recorded(scale: Tensor | None, quant: Format) -> Tensor | None:
     if isinstance(quant, Fp8PerTensor):
         return None
     return scale.T if scale is not None and isinstance(quant, Fp8BlockScale) else scale
-
-
-_MOST_BESIDE = 128
-"""Tokens up to which activations are quantised beside routing: few programs, each of a warp or so."""
 
 
 def _quantizing(
