@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.kernels.build import KINDS, from_logits, precomputed
+from tests.kernels.watching import Watching, by_torch
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error, separate
 from tests.quantization import grids
 from typed_moe import (
@@ -38,6 +39,7 @@ from typed_moe.kernels import (
     ExpertArgs,
     Fp8BlockMoeArgs,
     MoeArgs,
+    MoeKernel,
     Routing,
 )
 from typed_moe.kernels._expert_tiles import HOPPER
@@ -310,10 +312,14 @@ def test_skipped_slots_and_unfinalized(tokens: int) -> None:
     assert relative_error(rows.finalize().cpu(), output) < BOUNDS["bf16"]
 
 
-def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
-    """A layer that the plan gives to the Triton kernel by itself."""
-    torch.manual_seed(5)
-    layer = FusedMoE(
+def empty_layer(
+    quant: Format,
+    form: RoutingForm | None,
+    kernel: MoeKernel | None = None,
+    device: torch.device | None = None,
+) -> FusedMoE:
+    """A layer of DeepSeek's routing, without weights."""
+    return FusedMoE(
         num_experts=EXPERTS,
         top_k=TOP_K,
         hidden_size=HIDDEN,
@@ -321,8 +327,16 @@ def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
         routing=DeepSeekV3(num_expert_group=4, topk_group=2, routed_scaling_factor=2.5),
         quant=quant,
         routing_form=form,
+        kernel=kernel,
+        device=device,
         dtype=torch.bfloat16,
     )
+
+
+def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
+    """A layer that the plan gives to the Triton kernel by itself."""
+    torch.manual_seed(5)
+    layer = empty_layer(quant, form)
     experts = random_experts(EXPERTS, HIDDEN, WIDTH)
     weights = [("e_score_correction_bias", torch.randn(EXPERTS) * 0.05)]
     assert experts.gate is not None
@@ -338,19 +352,15 @@ def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
     return layer.cuda()
 
 
-FORMATS = pytest.mark.parametrize(
-    "quant",
-    [
-        Bf16(),
-        Fp8PerTensor(),
-        Fp8BlockScale(),
-        MxFp8(),
-        MxFp4(),
-        MxFp4(activation="mxfp8"),
-        Nvfp4(),
-    ],
-    ids=repr,
+QUANTISED: tuple[Format, ...] = (
+    Fp8PerTensor(),
+    Fp8BlockScale(),
+    MxFp8(),
+    MxFp4(),
+    MxFp4(activation="mxfp8"),
+    Nvfp4(),
 )
+FORMATS = pytest.mark.parametrize("quant", [Bf16(), *QUANTISED], ids=repr)
 FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
 
 
@@ -400,8 +410,28 @@ def test_torch_compile(quant: Format, form: RoutingForm) -> None:
     x = torch.randn(33, HIDDEN, device="cuda").bfloat16()
     logits = torch.randn(33, EXPERTS, device="cuda")
     eager = layer(x, logits)
-    error = relative_error(compiled(x, logits), eager.double())
-    assert error < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+    got = compiled(x, logits)
+    # The kernel quantises in both, and routes in both where it routes at all.
+    assert form is not RoutingForm.IN_KERNEL or torch.equal(got, eager)
+    assert relative_error(got, eager.double()) < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+
+
+@FORMS
+@pytest.mark.parametrize("tokens", [1, 4, 8, 128, 129])
+@pytest.mark.parametrize("quant", QUANTISED, ids=repr)
+def test_activations_that_the_kernel_quantises(
+    quant: Format, form: RoutingForm, tokens: int
+) -> None:
+    """The bits of a record that PyTorch quantised, for rows that lie apart; beside routing, or before it."""
+    kernel = Watching()
+    layer = empty_layer(quant, form, kernel, torch.device("cuda", 0))
+    layer.load_state_dict(layer_on_card(quant, form).state_dict())
+    x = torch.randn(tokens, 2 * HIDDEN, device="cuda").bfloat16()[:, HIDDEN:]
+    logits = torch.randn(tokens, EXPERTS, device="cuda")
+    got = layer(x, logits)
+    args = kernel.seen[-1]
+    assert args.hidden_states.data_ptr() == x.data_ptr()
+    assert torch.equal(TritonKernel()(by_torch(args)), got)
 
 
 @FORMATS
