@@ -84,6 +84,12 @@ GROUPED = ExpertTile(
     second=GemmTile(block_n=64, block_k=128, warps=4, stages=2, group_m=3),
 )
 """A first product that quantises a whole group of its columns."""
+PAIRED = ExpertTile(
+    block_m=16,
+    first=GemmTile(block_n=32, block_k=256, warps=4, stages=2),
+    second=GemmTile(block_n=64, block_k=256, warps=4, stages=2),
+)
+"""Two steps of FP8 loaded together."""
 PERSISTENT = ExpertTile(
     block_m=128,
     first=GemmTile(block_n=128, block_k=128, warps=8, stages=4, persistent=True),
@@ -221,8 +227,8 @@ def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("fp8", ["native", "bits"])
 @pytest.mark.parametrize(
     "tile",
-    [None, GROUPED, DESCRIBED, PERSISTENT],
-    ids=["quantised between", "as written", "between, by descriptor", "persistent elsewhere"],
+    [None, GROUPED, PAIRED, DESCRIBED, PERSISTENT],
+    ids=["between", "as written", "paired steps", "by descriptor", "persistent elsewhere"],
 )
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_blocks(
@@ -242,7 +248,9 @@ def test_fp8_blocks(
 
 
 @pytest.mark.parametrize("fp8", ["native", "bits"])
-@pytest.mark.parametrize("tile", [None, GROUPED], ids=["table", "several steps"])
+@pytest.mark.parametrize(
+    "tile", [None, GROUPED, PAIRED], ids=["table", "several steps", "paired steps"]
+)
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_fp8_per_tensor(
     fp8: Literal["native", "bits"], tile: ExpertTile | None, kind: oracle.Kind

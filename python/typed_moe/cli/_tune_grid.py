@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from typed_moe.kernels._expert_tiles import (
+    FP8_BLOCK,
     LEAST_GROUPED_ROWS,
     PERSISTENT_SIZE,
     PERSISTENT_STEPS,
@@ -16,6 +17,7 @@ from typed_moe.kernels._expert_tiles import (
     ExpertTile,
     GemmTile,
     Operand,
+    most_fp8_step,
 )
 
 _HEIGHTS = (16, 32, 64, 128)
@@ -81,8 +83,10 @@ ROUNDS = 3
 def fits(tile: GemmTile, operand: Operand, height: int) -> bool:
     """Whether a block of this height can have a tile in this operand at all."""
     least, most = _VALUES_PER_WARP
-    if operand == "fp8" and (tile.block_k != 128 or tile.block_n > 128):
-        return False  # a step of a product is the 128 values that share a scale
+    if operand == "fp8" and not FP8_BLOCK <= tile.block_k <= most_fp8_step(tile, height):
+        return False  # a step of a product is the values that share a scale
+    if operand == "fp8" and tile.block_n > FP8_BLOCK:
+        return False
     if tile.persistent:
         sizes = (height, tile.block_n, tile.block_k)
         return sizes == (PERSISTENT_SIZE, PERSISTENT_SIZE, PERSISTENT_STEPS.get(operand))

@@ -33,6 +33,8 @@ PERSISTENT_STEPS: Mapping[str, int] = MappingProxyType({"bf16": 64, "fp8": 128})
 """Values of a persistent kernel's step, 128 bytes, by operand."""
 FP8_BLOCK = 128
 """Values of a sum that share a scale in 128 x 128 blocks, and columns."""
+FEW_ROWS = 16
+"""Rows of a block up to which FP8 weights are a product's left operand, which has 64 rows on a Hopper."""
 
 
 @final
@@ -42,7 +44,7 @@ class GemmTile:
 
     Attributes:
         block_n: columns of the result per program; of the first matrix, of each half.
-        block_k: of the sum, per step.
+        block_k: of the sum, per step; in FP8 at few rows 256 is two steps of 128 that are loaded together.
         warps, stages: of one program.
         group_m: blocks of rows that run side by side over all columns, so that they share the
             weights in the L2 cache.
@@ -123,12 +125,28 @@ def tile_refusal(tile: ExpertTile, *, blocks: bool, grouped: bool = False) -> st
         if gemm.persistent and gemm.block_k not in PERSISTENT_STEPS.values():
             steps = " and ".join(f"{step} in {name}" for name, step in PERSISTENT_STEPS.items())
             return f"the tile is persistent with block_k {gemm.block_k}; allowed: {steps}"
-    most = max(max(gemm.block_n, gemm.block_k) for gemm in gemms)
-    if blocks and most > FP8_BLOCK:
-        return (
-            f"the tile has a block_n or block_k of {most}; allowed in fp8_block: up to {FP8_BLOCK}, "
-            "the values that share a scale"
-        )
+    return _block_refusal(tile) if blocks else None
+
+
+def takes_left(gemm: GemmTile, rows: int) -> bool:
+    """Whether FP8 weights are the left operand of a product with blocks of so many rows."""
+    return rows <= FEW_ROWS and not gemm.tma
+
+
+def most_fp8_step(gemm: GemmTile, rows: int) -> int:
+    """The largest block_k in FP8: the values that share a scale, or two such steps loaded together."""
+    return 2 * FP8_BLOCK if takes_left(gemm, rows) else FP8_BLOCK
+
+
+def _block_refusal(tile: ExpertTile) -> str | None:
+    for gemm, rows in ((tile.first, tile.block_m), (tile.second, tile.second_rows)):
+        step = most_fp8_step(gemm, rows)
+        for size, most in ((gemm.block_n, FP8_BLOCK), (gemm.block_k, step)):
+            if size > most:
+                return (
+                    f"the tile has a block_n or block_k of {size}; allowed in fp8_block: up to "
+                    f"{most}, {FP8_BLOCK} values share a scale"
+                )
     return None
 
 
@@ -198,7 +216,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 8,
                 ExpertTile(
                     block_m=16,
-                    first=GemmTile(block_n=32, block_k=128, warps=4, stages=6),
+                    first=GemmTile(block_n=32, block_k=256, warps=4, stages=3),
                     second=GemmTile(block_n=64, block_k=128, warps=4, stages=4),
                 ),
             ),
@@ -285,7 +303,7 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ExpertTile(
                     block_m=8,
                     first=GemmTile(block_n=16, block_k=256, warps=2, stages=3),
-                    second=GemmTile(block_n=64, block_k=256, warps=4, stages=3),
+                    second=GemmTile(block_n=32, block_k=256, warps=2, stages=3),
                 ),
             ),
             (

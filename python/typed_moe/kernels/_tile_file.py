@@ -186,10 +186,10 @@ def _gemm(operand: str, data: object, where: str) -> GemmTile:
             f"{where} is persistent with block_k {size['block_k']}; allowed in {operand}: "
             f"{PERSISTENT_STEPS[operand]}"
         )
-    if operand == "fp8" and (size["block_k"] != FP8_BLOCK or size["block_n"] > FP8_BLOCK):
+    if operand == "fp8" and (size["block_k"] < FP8_BLOCK or size["block_n"] > FP8_BLOCK):
         raise ValueError(
             f"{where} has block_k {size['block_k']} and block_n {size['block_n']}; allowed in fp8: "
-            f"block_k {FP8_BLOCK} and block_n up to {FP8_BLOCK}, the values that share a scale"
+            f"block_k from {FP8_BLOCK} on and block_n up to {FP8_BLOCK}, the values that share a scale"
         )
     if operand == "fp4" and size["block_k"] < _LEAST_FP4_STEP:
         raise ValueError(

@@ -28,7 +28,10 @@ from typed_moe.kernels._triton_activations import activate, clamp
 from typed_moe.kernels._triton_formats import (
     e4m3,
     grouped_sums,
+    halves_apart,
+    load_packed,
     load_rows,
+    load_turned,
     parts_to_rows,
     rows_of_halves,
 )
@@ -37,6 +40,7 @@ from typed_moe.kernels._triton_slots import follow
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
 _ONE = tl.constexpr(1)
+_FP8_STEP = tl.constexpr(128)
 
 
 @triton.jit
@@ -199,24 +203,30 @@ def load_scales(at: tl.tensor, used: tl.tensor, SCALED: tl.constexpr) -> tl.tens
 @triton.jit
 def step(
     total: tl.tensor,
-    rows: tl.tensor,
-    row_scale: tl.tensor,
-    weights: tl.tensor,
-    weight_scale_at: tl.tensor,
+    a: tl.tensor,
+    b: tl.tensor,
+    scale: tl.tensor,
     FP8: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DEVICE: tl.constexpr,
 ) -> tl.tensor:
-    """total + rows @ weights, times both scales where weights have them in blocks."""
+    """total + a @ b, times the scales of both where weights have them in blocks."""
     if WEIGHTS == "plain" and FP8 == "native" and DEVICE:
         # Hopper's FP8 units add with fewer bits; after a whole step their sum goes to float32.
-        return tl.dot(rows, weights, total, max_num_imprecise_acc=rows.shape[1])
+        return tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
     elif WEIGHTS == "plain":
-        return product(rows, operand(weights, FP8), total, DEVICE)
+        return product(a, b, total, DEVICE)
     else:
         nothing = tl.zeros(total.shape, tl.float32)
-        part = product(rows, operand(weights, FP8), nothing, DEVICE)
-        return total + part * (row_scale * tl.load(weight_scale_at))[:, None]
+        return total + product(a, b, nothing, DEVICE) * scale
+
+
+@triton.jit
+def block_scale(at: tl.tensor, row_scale: tl.tensor, WEIGHTS: tl.constexpr) -> tl.tensor:
+    """(BLOCK_M, 1) what a step's product is multiplied by; not read where the sum has no scales."""
+    if WEIGHTS == "block":
+        row_scale = row_scale * tl.load(at)
+    return row_scale[:, None]
 
 
 @triton.jit
@@ -276,12 +286,62 @@ def plain_sums(
         x_scale = load_scales(
             x_scale_ptr + token * x_scale_token + x_scale_group * group, used, SCALED
         )
-        weights = load_weights(up_at, up_row, start, H, BLOCK_K, TMA)
-        up = step(up, x, x_scale, weights, up_scale_at + group, FP8, WEIGHTS, DEVICE)
+        weights = operand(load_weights(up_at, up_row, start, H, BLOCK_K, TMA), FP8)
+        scale = block_scale(up_scale_at + group, x_scale, WEIGHTS)
+        up = step(up, x, weights, scale, FP8, WEIGHTS, DEVICE)
         if HALVES == 2:
-            weights = load_weights(gate_at, gate_row, start, H, BLOCK_K, TMA)
-            gate = step(gate, x, x_scale, weights, gate_scale_at + group, FP8, WEIGHTS, DEVICE)
+            weights = operand(load_weights(gate_at, gate_row, start, H, BLOCK_K, TMA), FP8)
+            scale = block_scale(gate_scale_at + group, x_scale, WEIGHTS)
+            gate = step(gate, x, weights, scale, FP8, WEIGHTS, DEVICE)
     return gate, up
+
+
+@triton.jit
+def left_sums(
+    x_at: tl.tensor,
+    x_scale_at: tl.tensor,
+    x_scale_group: tl.tensor,
+    used: tl.tensor,
+    weight_ptr: tl.tensor,
+    weight_scale_ptr: tl.tensor,
+    row: tl.tensor,
+    HALVES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FP8: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """`grouped_sums` for FP8, without scales or with those of blocks.
+
+    Hopper's matrix units take FP8 where the left operand has 64 rows at least; with 16 tokens there
+    Triton converts both operands to float16. The scales of a step are loaded while the one before it runs.
+    With BLOCK_K above 128 so many steps of 128 are loaded together.
+    """
+    STEP: tl.constexpr = _FP8_STEP if BLOCK_K > 128 else BLOCK_K
+    k = tl.arange(0, STEP)
+    at = x_at[None, :] + k[:, None]
+    weight_at = weight_ptr + row[:, None] * WIDTH + k[None, :]
+    scale_at = weight_scale_ptr + row // 128 * (WIDTH // 128)
+    every = row >= 0
+    total = tl.zeros([HALVES * BLOCK_N, BLOCK_M], tl.float32)
+    scale = load_scales(scale_at, every, SCALED)
+    x_scale = load_scales(x_scale_at, used, SCALED)
+    for start in tl.range(0, WIDTH, STEP, loop_unroll_factor=BLOCK_K // STEP):
+        # Behind the last step its own again, not masked: then the loop is compiled without one.
+        group = tl.minimum(start + STEP, WIDTH - 1) // 128
+        next_scale = load_scales(scale_at + group, every, SCALED)
+        next_x_scale = load_scales(x_scale_at + x_scale_group * group, used, SCALED)
+        weights = load_packed(weight_at, start, WIDTH, STEP)
+        x = load_turned(at, used, start, WIDTH, STEP)
+        both = scale[:, None] * x_scale[None, :]
+        total = step(total, weights, x, both, FP8, WEIGHTS, DEVICE)
+        scale = next_scale
+        x_scale = next_x_scale
+    return halves_apart(total, HALVES, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -328,6 +388,7 @@ def first_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
+    LEFT: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -366,6 +427,25 @@ def first_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            DEVICE,
+        )
+    elif LEFT:
+        gate, up = left_sums(
+            x_ptr + token * x_stride,
+            x_scale_ptr + token * x_scale_token,
+            x_scale_group,
+            used,
+            weight_ptr,
+            weight_scale_ptr,
+            rows_of_halves(expert * (HALVES * I), column * BLOCK_N, I, HALVES, PACK, BLOCK_N),
+            HALVES,
+            H,
+            FP8,
+            WEIGHTS,
+            SCALED,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -460,6 +540,7 @@ def second_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
+    LEFT: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -477,8 +558,8 @@ def second_kernel(
     follow(PDL)
     if expert < 0:
         return
-    # Slots stand first in their block: a part may have none.
-    if leading >= num_slots:
+    # Slots stand first in their block: a part may have none. A whole block has some, and need not look.
+    if PARTS > 1 and leading >= num_slots:
         return
     used = slot < num_slots
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -495,6 +576,25 @@ def second_kernel(
             WEIGHTS,
             GROUP,
             PACK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            DEVICE,
+        )
+    elif LEFT:
+        _, total = left_sums(
+            hidden_ptr + place * I,
+            hidden_scale_ptr + place * (I // 128),
+            tl.full([], 1, tl.int32),
+            used,
+            weight_ptr,
+            weight_scale_ptr,
+            expert * H + row,
+            _ONE,
+            I,
+            FP8,
+            WEIGHTS,
+            SCALED,
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
@@ -521,10 +621,9 @@ def second_kernel(
             else:
                 hidden = load_rows(hidden_at, used, start, I, BLOCK_K)
             scale = load_scales(hidden_scale_at + group, used, SCALED)
-            weights = load_weights(weight_at, weight_row, start, I, BLOCK_K, TMA)
-            total = step(
-                total, hidden, scale, weights, weight_scale_at + group, FP8, WEIGHTS, DEVICE
-            )
+            weights = operand(load_weights(weight_at, weight_row, start, I, BLOCK_K, TMA), FP8)
+            scale = block_scale(weight_scale_at + group, scale, WEIGHTS)
+            total = step(total, hidden, weights, scale, FP8, WEIGHTS, DEVICE)
     if HAS_OUTPUT_SCALE:
         total = total * tl.load(output_scale_ptr + expert)
     if HAS_BIAS:

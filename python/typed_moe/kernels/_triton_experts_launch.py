@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from typed_moe.kernels import _triton_hopper_launch as hopper
 from typed_moe.kernels._expert_operands import Fp8, Operands, Slots
-from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
+from typed_moe.kernels._expert_tiles import FP8_BLOCK, ExpertTile, GemmTile, takes_left
 from typed_moe.kernels._experts_math import is_gated_type
 from typed_moe.kernels._fused_rules import ceil_div, power_of_two
 from typed_moe.kernels._triton_experts import (
@@ -142,10 +142,13 @@ def _tiles(matrix: Tensor, rows: int, gemm: GemmTile) -> Tensor | TensorDescript
 def _gemm(tile: GemmTile, matrix: Tensor, operands: Operands) -> GemmTile:
     """The tile; without descriptors for a matrix that does not start on 16 bytes, which they need.
 
-    And for weights that have a scale for every few values: they are taken apart in registers.
+    And for weights that have a scale for every few values: they are taken apart in registers. FP8 that is
+    converted there has single steps.
     """
     if tile.tma and (operands.group or matrix.data_ptr() % 16):
         return attrs.evolve(tile, tma=False)
+    if operands.fp8 == "bits" and tile.block_k > FP8_BLOCK:
+        return attrs.evolve(tile, block_k=FP8_BLOCK)
     return tile
 
 
@@ -154,6 +157,11 @@ def _portable(gemm: GemmTile) -> GemmTile:
     if not gemm.persistent:
         return gemm
     return attrs.evolve(gemm, persistent=False, block_n=gemm.block_n // 2, warps=4, stages=3)
+
+
+def _left(operands: Operands, gemm: GemmTile, rows: int) -> bool:
+    """Whether FP8 weights are a product's left operand; converted in registers they are the right one."""
+    return operands.fp8 == "native" and takes_left(gemm, rows)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -227,6 +235,7 @@ def first(
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
         TMA=gemm.tma,
+        LEFT=_left(operands, gemm, tile.block_m),
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,
@@ -283,6 +292,7 @@ def second(
         BLOCK_K=gemm.block_k,
         GROUP_M=gemm.group_m,
         TMA=gemm.tma,
+        LEFT=_left(operands, gemm, tile.second_rows),
         DEVICE=not INTERPRETED,
         num_warps=gemm.warps,
         num_stages=gemm.stages,

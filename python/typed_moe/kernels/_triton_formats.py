@@ -262,7 +262,7 @@ def load_packed(at: tl.tensor, start: int, WIDTH: tl.constexpr, BLOCK_K: tl.cons
         return tl.load(at + start)
     else:
         inside = tl.arange(0, BLOCK_K) < WIDTH - start
-        return tl.load(at + start, mask=inside[None, :], other=0)
+        return tl.load(at + start, mask=inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -281,7 +281,9 @@ def load_scales_at(
 def load_next_scales(
     at: tl.tensor, start: int, WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr
 ) -> tl.tensor:
-    """Those of the step behind this one; zeros where there is none."""
+    """Those of the step behind this one; anything where there is none."""
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(at + tl.minimum(start + BLOCK_K, WIDTH - BLOCK_K) // GROUP)
     inside = tl.arange(0, BLOCK_K // GROUP) < (WIDTH - BLOCK_K - start) // GROUP
     return tl.load(at + BLOCK_K // GROUP + start // GROUP, mask=inside[None, :], other=0)
 
@@ -411,7 +413,14 @@ def grouped_sums(
             DEVICE,
         )
         scale = following
-    total *= _SUNK
+    return halves_apart(total * _SUNK, HALVES, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def halves_apart(
+    total: tl.tensor, HALVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A sum over `rows_of_halves`, turned: (BLOCK_M, BLOCK_N) of the gate and of the up projection."""
     if HALVES == 1:
         total = tl.trans(total)
         return total, total

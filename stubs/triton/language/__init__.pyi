@@ -1,5 +1,6 @@
+from builtins import range as _range
 from builtins import tuple as _tuple
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias, overload
 
 from typing_extensions import override
@@ -119,7 +120,7 @@ class PropagateNan:
     ALL: PropagateNan
 
 def maximum(x: tensor, y: _Value) -> tensor: ...
-def minimum(x: tensor, y: _Value) -> tensor: ...
+def minimum(x: _Value, y: _Value) -> tensor: ...
 def abs(x: tensor) -> tensor: ...
 def exp(x: tensor) -> tensor: ...
 def erf(x: tensor) -> tensor: ...
@@ -145,7 +146,23 @@ def join(a: tensor, b: tensor) -> tensor: ...
 def broadcast_to(input: tensor, shape: _Shape) -> tensor: ...
 def static_range(
     arg1: int | constexpr, arg2: int | constexpr | None = None, step: int | constexpr | None = None
-) -> range: ...
+) -> _range: ...
+
+class range:
+    def __init__(
+        self,
+        arg1: int | constexpr,
+        arg2: int | constexpr | None = None,
+        step: int | constexpr | None = None,
+        num_stages: int | None = None,
+        loop_unroll_factor: int | constexpr | None = None,
+        disallow_acc_multi_buffer: bool = False,
+        flatten: bool = False,
+        warp_specialize: bool = False,
+        disable_licm: bool = False,
+    ) -> None: ...
+    def __iter__(self) -> Iterator[int]: ...
+
 @overload
 def inline_asm_elementwise(
     asm: str | constexpr,
