@@ -15,8 +15,8 @@ from typed_moe.cli import _verify, _verify_cases, _verify_kernels
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._strategies import strategy_classes
 from typed_moe.cli._verify_kernels import (
+    REFERENCE,
     Found,
-    Reference,
     Weighing,
     kernels_of,
     triton_rounds_intermediate,
@@ -109,7 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Three formats and two strategies on the reference kernel."""
     monkeypatch.setattr(_verify, "FORMATS", SOME_FORMATS)
     monkeypatch.setattr(_verify, "STRATEGIES", SOME_STRATEGIES)
-    found = Found(sources=(Reference(),))
+    found = Found(sources=(REFERENCE,))
     monkeypatch.setattr(_verify, "kernels_of", lambda device, names: found)
     return monkeypatch
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.kernels.build import EXPERTS, TOKENS, Sizes, precomputed, record
-from tests.kernels.grouped_products import ContractProducts
+from tests.kernels.grouped_products import ROUNDING, ContractProducts, product_bound
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
 from typed_moe import (
     Bf16,
@@ -31,7 +31,6 @@ from typed_moe import (
     RoutingStrategy,
 )
 from typed_moe.kernels import DeepGemmKernel
-from typed_moe.quantization import stored_error_bound
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,17 +44,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
 ]
 KERNEL = DeepGemmKernel(library=ContractProducts())
-ROUNDING = 2.0**-16 / 3
-"""Mean square of one to bfloat16, at most."""
 HIDDEN, WIDTH = 128, 64
 
 
-def bound(quant: Bf16 | Fp8BlockScale) -> float:
-    """A kernel's, and two roundings more: gate and up projection, before the activation."""
-    return math.sqrt((1 + stored_error_bound(quant) ** 2) * (1 + ROUNDING) ** 2 - 1)
-
-
-BF16, FP8 = bound(Bf16()), bound(Fp8BlockScale())
+BF16, FP8 = product_bound(Bf16()), product_bound(Fp8BlockScale())
 
 
 def chosen(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
