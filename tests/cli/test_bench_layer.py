@@ -67,7 +67,7 @@ SMALL = tuple(small(shape) for shape in layer_shapes())
 @pytest.fixture(autouse=True)
 def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not so many that small layers are more than 100 MB."""
-    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 4e6)
+    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 2.5e6)
 
 
 def block_of(
@@ -296,18 +296,18 @@ def test_the_peers_routing_is_the_models(shape: LayerShape) -> None:
 
 
 def test_the_floor_is_bytes_over_the_copy_or_operations_over_the_product() -> None:
-    """By hand: at T = 1 the weights of k experts, at T = 4096 the products of T k slots."""
-    few, many = block_of(Ours(), tokens=(1, 4096)).cells
+    """By hand: at T = 1 the weights of k experts, at T = 1024 the products of T k slots."""
+    few, many = block_of(Ours(), tokens=(1, 1024)).cells
     top_k = SMALL[0].top_k
     expert = 3 * HIDDEN * INTERMEDIATE
     assert few.experts_used == top_k
     assert few.floor.memory_us == pytest.approx((top_k * expert * 2 + 2 * HIDDEN * 2) / 2e12 * 1e6)
     assert many.experts_used == EXPERTS
-    assert many.floor.compute_us == pytest.approx(2 * 4096 * top_k * expert / 5e14 * 1e6)
+    assert many.floor.compute_us == pytest.approx(2 * 1024 * top_k * expert / 5e14 * 1e6)
     assert (few.floor.by, many.floor.by) == ("memory", "matrix")
     assert many.floor.us == many.floor.compute_us
     assert many.share == pytest.approx(many.floor.us / GRAPH_US)
-    assert many.intermediate_bytes == 4096 * top_k * INTERMEDIATE * 2
+    assert many.intermediate_bytes == 1024 * top_k * INTERMEDIATE * 2
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,7 @@ def test_what_is_right_passes(cli: Cli, small: pytest.MonkeyPatch) -> None:
 
 
 def test_json_has_what_the_table_counts(cli: Cli, small: pytest.MonkeyPatch) -> None:
+    small.setattr(_verify, "FORMATS", (Bf16(),))
     data = cli("verify", "--device", "cpu", "--json").json()
     counts = part(data, "counts")
     verdicts = Counter(str(row["verdict"]) for row in items(data, "rows"))
@@ -172,10 +173,16 @@ def test_a_kernel_that_is_two_per_cent_off_fails(
     failed = {str(row["format"]) for row in items(done.json(), "rows") if row["verdict"] == "FAIL"}
     assert failed == {"fp8_block", "nvfp4"}
     assert part(done.json(), "counts")["failed"] == 18
+
+
+def test_the_table_says_what_failed(cli: Cli, small: pytest.MonkeyPatch) -> None:
+    """How many rows, and by how much."""
+    small.setattr(_verify, "FORMATS", (Bf16(),))
+    _run(Found(sources=(ScaledSource(0.98, "bf16"),)), small)
     table = cli("verify", "--device", "cpu")
     assert table.status == 1
-    assert "Failed, 18" in table.out
-    assert f"the output is {factor}" in " ".join(table.out.split())
+    assert "Failed, 9" in table.out
+    assert "the output is 0.98" in " ".join(table.out.split())
 
 
 def test_unfinalized_rows_with_each_others_weights_fail(
