@@ -405,8 +405,8 @@ def test_the_kernels_run_with_every_tile_that_is_tried(
 ) -> None:
     """And give what the built-in one gives: none is wrong, none is left out."""
     quant = Fp8BlockScale()
-    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 1e5)
-    grid = Grid(block_n=(32, 64), block_k=(64, 128), warps=(4,), stages=(3,), tma=(False,))
+    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 1)
+    grid = Grid(block_n=(64, 128), block_k=(64, 128), warps=(4,), stages=(3,), tma=(False,))
     tuner = Tuner(
         clocks=ToldClocks(),
         card="interpreter",
@@ -414,7 +414,7 @@ def test_the_kernels_run_with_every_tile_that_is_tried(
         grid=grid,
         jobs=1,
     )
-    shape = attrs.evolve(SHAPE, num_experts=4)
+    shape = attrs.evolve(SHAPE, num_experts=2)
     out = tmp_path / "tiles.json"
     run = partial(tune, tuner, (shape,), (quant,), (2,))
     run(out, Steps(), Console(quiet=True))

@@ -80,6 +80,22 @@ def test_what_is_written_is_read(written: Path) -> None:
     assert dict(found.tables) == TABLES
 
 
+def test_a_file_from_before_persistent_kernels_asks_for_none(written: Path) -> None:
+    """Such a file is as good as it was; what else it lacks is still refused."""
+    data = json.loads(written.read_text())
+    for table in data["tables"].values():
+        for tile in table:
+            for name in ("first", "second"):
+                assert tile[name].pop("persistent") is False
+    written.write_text(json.dumps(data))
+    assert dict(read_tile_file(written).tables) == TABLES
+
+    del data["tables"]["fp8"][0]["first"]["tma"]
+    written.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"fp8\[0\].first lacks 'tma'"):
+        read_tile_file(written)
+
+
 @pytest.mark.parametrize("tables", [HOPPER, ANY_CARD], ids=["hopper", "any"])
 def test_the_built_in_tables_could_be_a_file(
     tables: Mapping[Operand, Table], tmp_path: Path

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.kernels.build import EXPERTS, TOKENS, RecordName, from_logits, precomputed, record
+from tests.kernels import build as records
+from tests.kernels.build import Record, RecordName, Sizes, from_logits, precomputed
 from tests.kernels.watching import Watching, by_torch
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
 from typed_moe import (
@@ -105,6 +106,13 @@ DESCRIBED = attrs.evolve(
 )
 """Both products read their matrices through tensor descriptors, the second one in half blocks."""
 HIDDEN, WIDTH = 40, 24
+EXPERTS, TOKENS = 4, 9
+"""Of records: the interpreter's time is by blocks of slots, and each expert has its own at any number of tokens."""
+
+
+def record(name: RecordName, act: oracle.Act) -> Record:
+    """Random stored values, in as few blocks as show everything."""
+    return records.record(name, act, Sizes(experts=EXPERTS, tokens=TOKENS))
 
 
 def rounded(experts: oracle.Experts) -> oracle.Experts:
@@ -348,16 +356,17 @@ def test_a_layer_of_every_format(quant: Format) -> None:
 
     The custom operator of torch.compile is given the activations as they are too.
     """
-    experts = random_experts(8, 256, 128, biases=True)
+    experts = random_experts(4, 256, 128, biases=True)
     made = attrs.evolve(
         build(RenormalizeNaive(), RoutingForm.IN_KERNEL),
+        num_experts=4,
         quant=quant,
         hidden_size=256,
         intermediate_size=128,
         has_bias=True,
         kernel=TritonKernel(),
     )
-    x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 8)
+    x, logits = torch.randn(5, 256).bfloat16(), torch.randn(5, 4)
     layer = made.loaded(experts)
     layer.calibrate(x, logits)
     rule = oracle.RULES["RenormalizeNaive"]
