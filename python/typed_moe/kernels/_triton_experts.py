@@ -40,7 +40,6 @@ from typed_moe.kernels._triton_slots import follow
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _STEP_OF_SUBNORMALS = tl.constexpr(24576.0)
 _ONE = tl.constexpr(1)
-_FP8_STEP = tl.constexpr(128)
 
 
 @triton.jit
@@ -321,7 +320,8 @@ def left_sums(
     Triton converts both operands to float16. The scales of a step are loaded while the one before it runs.
     With BLOCK_K above 128 so many steps of 128 are loaded together.
     """
-    STEP: tl.constexpr = _FP8_STEP if BLOCK_K > 128 else BLOCK_K
+    # Triton's `min` is of tensors.
+    STEP: tl.constexpr = 128 if BLOCK_K > 128 else BLOCK_K  # type: ignore[assignment]  # noqa: FURB136
     k = tl.arange(0, STEP)
     at = x_at[None, :] + k[:, None]
     weight_at = weight_ptr + row[:, None] * WIDTH + k[None, :]

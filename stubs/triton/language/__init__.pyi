@@ -1,6 +1,6 @@
 from builtins import range as _range
 from builtins import tuple as _tuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias, overload
 
 from typing_extensions import override
@@ -147,22 +147,13 @@ def broadcast_to(input: tensor, shape: _Shape) -> tensor: ...
 def static_range(
     arg1: int | constexpr, arg2: int | constexpr | None = None, step: int | constexpr | None = None
 ) -> _range: ...
-
-class range:
-    def __init__(
-        self,
-        arg1: int | constexpr,
-        arg2: int | constexpr | None = None,
-        step: int | constexpr | None = None,
-        num_stages: int | None = None,
-        loop_unroll_factor: int | constexpr | None = None,
-        disallow_acc_multi_buffer: bool = False,
-        flatten: bool = False,
-        warp_specialize: bool = False,
-        disable_licm: bool = False,
-    ) -> None: ...
-    def __iter__(self) -> Iterator[int]: ...
-
+def range(
+    arg1: int | constexpr,
+    arg2: int | constexpr | None = None,
+    step: int | constexpr | None = None,
+    *,
+    loop_unroll_factor: int | constexpr | None = None,
+) -> _range: ...
 @overload
 def inline_asm_elementwise(
     asm: str | constexpr,
