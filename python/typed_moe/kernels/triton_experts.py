@@ -227,7 +227,7 @@ class TritonKernel:
             slots = tokens * (experts.top_k + shared)
             if isinstance(args.routing, Precomputed):
                 slots = args.routing.topk_ids.numel()
-            table = _table(operands.hidden.device, _operand(operands))
+            table = _table(operands.hidden.device, _operand(operands), operands.second.shape[1])
             tile = tile_of(table, slots / (experts.num_experts + shared))
         request = SortRequest(
             first_local=experts.local_expert_offset,
@@ -428,9 +428,9 @@ def _settings(
 
 
 @cache
-def _table(device: torch.device, operand: Operand) -> Table:
+def _table(device: torch.device, operand: Operand, hidden_size: int) -> Table:
     card = _card(device)
-    return own_table(card, operand) or table_of(card, operand)
+    return own_table(card, operand) or table_of(card, operand, hidden_size)
 
 
 @cache
