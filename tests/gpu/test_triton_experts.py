@@ -43,7 +43,7 @@ from typed_moe.kernels import (
     MoeKernel,
     Routing,
 )
-from typed_moe.kernels._expert_tiles import HOPPER
+from typed_moe.kernels._expert_tiles import HOPPER, HOPPER_NARROW, Operand
 from typed_moe.quantization import quantize_activation, stored_error_bound
 
 pytestmark = [
@@ -241,7 +241,8 @@ def test_fp8_converted_in_registers(activation: str, tokens: int) -> None:
 def test_every_tile_of_the_table_at_every_size(name: Name) -> None:
     """A tile that the table gives for another size computes the same values."""
     layer, (routing, output) = stored(name, "swiglu"), expected(name, "swiglu")
-    for _, tile in HOPPER["bf16" if name == "bf16" else "fp8"]:
+    operand: Operand = "bf16" if name == "bf16" else "fp8"
+    for _, tile in (*HOPPER[operand], *HOPPER_NARROW.get(operand, ())):
         for tokens in (3, 1000):
             given = precomputed(routing.ids[:tokens].cuda(), routing.weights[:tokens].cuda())
             got = TritonKernel(tile=tile)(layer.record(given, tokens))

@@ -258,7 +258,7 @@ class TritonKernel:
         slots = operands.hidden.shape[0] * (experts.top_k + shared)
         if isinstance(args.routing, Precomputed):
             slots = args.routing.topk_ids.numel()
-        table = _table(operands.hidden.device, _operand(operands))
+        table = _table(operands.hidden.device, _operand(operands), operands.second.shape[1])
         return tile_of(table, slots / (experts.num_experts + shared))
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
@@ -511,9 +511,9 @@ def _settings(
 
 
 @cache
-def _table(device: torch.device, operand: Operand) -> Table:
+def _table(device: torch.device, operand: Operand, hidden_size: int) -> Table:
     card = _card(device)
-    return own_table(card, operand) or table_of(card, operand)
+    return own_table(card, operand) or table_of(card, operand, hidden_size)
 
 
 @cache
