@@ -430,7 +430,7 @@ def test_activations_that_the_kernel_quantises(
     quant: Format, form: RoutingForm, tokens: int
 ) -> None:
     """The bits of a record that PyTorch quantised, for rows that lie apart; beside routing, or before it."""
-    kernel = Watching()
+    kernel = Watching(TritonKernel())
     layer = empty_layer(quant, form, kernel, torch.device("cuda", 0))
     layer.load_state_dict(layer_on_card(quant, form).state_dict())
     x = torch.randn(tokens, 2 * HIDDEN, device="cuda").bfloat16()[:, HIDDEN:]

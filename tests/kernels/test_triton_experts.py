@@ -40,7 +40,7 @@ from typed_moe import (
     Swiglu,
     TritonKernel,
 )
-from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs, triton_experts
+from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs, _quantizing, triton_experts
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
 from typed_moe.kernels.args import given_scale
 from typed_moe.quantization import (
@@ -317,17 +317,18 @@ def test_quantising_in_one_launch(quant: Format) -> None:
             assert one is None or other is None or torch.equal(one.float(), other.float())
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(3, 1152), (9, 384)])
+@pytest.mark.parametrize("tokens", [3, 9])
 @pytest.mark.parametrize("quant", QUANTISED, ids=repr)
 def test_activations_that_the_kernel_quantises(
-    quant: Format, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+    quant: Format, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bits of a record that PyTorch quantised: beside routing in its launch, or in one of its own.
 
-    1152 columns are more than a program's, and no multiple of it. Three tokens are routed and sorted by one
+    The columns are more than a program's, and no multiple of it. Three tokens are routed and sorted by one
     program, nine by several.
     """
-    kernel = Watching()
+    monkeypatch.setattr(_quantizing, "PART", 256)
+    kernel, width = Watching(TritonKernel(tile=GROUPED)), 384
     layer = attrs.evolve(
         build(RenormalizeNaive(), RoutingForm.IN_KERNEL),
         quant=quant,
@@ -341,11 +342,9 @@ def test_activations_that_the_kernel_quantises(
     args = kernel.seen[-1]
 
     assert args.hidden_states.data_ptr() == x.data_ptr()
-    assert torch.equal(TritonKernel()(by_torch(args)), beside)
+    assert torch.equal(kernel.kernel(by_torch(args)), beside)
     monkeypatch.setattr(triton_experts, "_MOST_BESIDE", 0)
-    assert torch.equal(TritonKernel()(args), beside)
-    rows = TritonKernel().unfinalized(args)
-    assert torch.equal(rows.finalize(), beside)
+    assert torch.equal(kernel.kernel(args), beside)
     with pytest.raises(ValueError, match="which this one does not do"):
         ReferenceKernel()(args)
 

@@ -23,7 +23,8 @@ from typed_moe.routing import KernelRules, Refused
 class Watching:
     """`TritonKernel`, which quantises, by another name."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: TritonKernel) -> None:
+        self.kernel = kernel
         self.seen: list[MoeArgs] = []
 
     @property
@@ -31,19 +32,19 @@ class Watching:
         return "watching"
 
     def rules(self, request: KernelRequest) -> KernelRules | Refused:
-        return TritonKernel().rules(request)
+        return self.kernel.rules(request)
 
     def prepare(self, weights: ExpertWeights, request: KernelRequest) -> ExpertWeights:
-        return TritonKernel().prepare(weights, request)
+        return self.kernel.prepare(weights, request)
 
     def quantize(
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
     ) -> Quantized:
-        return TritonKernel().quantize(hidden_states, quant, input_scale=input_scale)
+        return self.kernel.quantize(hidden_states, quant, input_scale=input_scale)
 
     def __call__(self, args: MoeArgs, /) -> Tensor:
         self.seen.append(args)
-        return TritonKernel()(args)
+        return self.kernel(args)
 
 
 def by_torch(args: MoeArgs) -> MoeArgs:

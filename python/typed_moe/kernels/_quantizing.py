@@ -41,7 +41,12 @@ class Quantizing:
         return self.x, given, self.out, self.out if self.scale is None else self.scale
 
     @property
+    def part(self) -> int:
+        """Values of one program beside routing."""
+        return PART
+
+    @property
     def programs(self) -> int:
-        """PART values each."""
+        """Of so many."""
         tokens, width = self.x.shape
-        return int(tokens) * -(-int(width) // PART)
+        return int(tokens) * -(-int(width) // self.part)

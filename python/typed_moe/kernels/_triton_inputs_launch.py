@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from typed_moe.kernels._expert_operands import Operands
-from typed_moe.kernels._quantizing import PART, Quantizing
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
 from typed_moe.kernels._triton_quantize import quantize_parts_kernel
 from typed_moe.kernels._triton_widen import widen_kernel
@@ -49,7 +49,7 @@ def quantize(quantizing: Quantizing) -> None:
     x = quantizing.x
     tokens, width = x.shape
     # As many loads in flight as with two rows a program, which was faster than one.
-    values = 2 * PART if quantizing.form == "block" else PART
+    values = quantizing.part * (2 if quantizing.form == "block" else 1)
     with on_device(x.device):
         quantize_parts_kernel[(tokens * triton.cdiv(width, values),)](
             *quantizing.pointers,

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from typed_moe.kernels._fused_rules import RouteSettings, ceil_div, power_of_two
-from typed_moe.kernels._quantizing import PART, Quantizing
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._triton_route import route_kernel
 from typed_moe.kernels._triton_slots import count_kernel, place_kernel, scan_kernel
@@ -324,7 +324,7 @@ def _route(
         BLOCK=1 if whole is None else whole.block_size,
         FORM="none" if beside is None else beside.form,
         H=0 if beside is None else beside.x.shape[1],
-        VALUES=PART,
+        VALUES=0 if beside is None else beside.part,
         PACK=0 if beside is None else beside.pack,
         DEVICE=not INTERPRETED,
         num_warps=tile.warps,
