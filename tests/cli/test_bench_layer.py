@@ -6,6 +6,7 @@ The clocks are told; everything else is real: layers, peers, oracle, floor, opti
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,20 +21,27 @@ from tests.cli.calls import Cli, items, number, part
 from tests.cli.clocks import EAGER_US, GRAPH_US, PEAK_BYTES, ToldClocks
 from tests.cli.plain import rule_of
 from tests.models.hf import quiet_import
-from typed_moe.cli import _bench_layer_command, _bench_weights, _peer, _peer_cutile
+from typed_moe.cli import (
+    _bench_layer_command,
+    _bench_weights,
+    _peer,
+    _peer_cutile,
+    _peer_sglang,
+)
 from typed_moe.cli._bench_card import Card, floor_of, measure_card
 from typed_moe.cli._bench_layer import Block, Cell, LayerBench, bench_layer
 from typed_moe.cli._bench_shapes import SHAPE_NAMES, LayerShape, chosen_shapes, layer_shapes
 from typed_moe.cli._bench_weights import StoredLayer, draw_inputs, draw_layer, num_layers
 from typed_moe.cli._peer import Built, Ours, Side
 from typed_moe.cli._peer_routing import route_in_torch
+from typed_moe.cli._peer_sglang import Sglang
 from typed_moe.cli._peer_torch import TorchGroupedMm
 from typed_moe.cli._peer_transformers import Transformers
 from typed_moe.cli._progress import Steps
 from typed_moe.cli._verify_expected import as_read
 from typed_moe.config import FORMATS, Bf16, Format, Fp8BlockScale, MxFp4, MxFp8, Nvfp4
 from typed_moe.kernels import DeepGemmKernel, ReferenceKernel
-from typed_moe.routing import BiasRule, Refused
+from typed_moe.routing import BiasRule, MiniMax2, Refused
 from typed_moe.testing._oracle import experts_float64
 
 CPU = torch.device("cpu")
@@ -59,7 +67,7 @@ SMALL = tuple(small(shape) for shape in layer_shapes())
 @pytest.fixture(autouse=True)
 def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not so many that small layers are more than 100 MB."""
-    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 4e6)
+    monkeypatch.setattr(_bench_weights, "ROTATED_BYTES", 2.5e6)
 
 
 def block_of(
@@ -223,6 +231,31 @@ def test_other_formats_are_refused_by_the_peers() -> None:
         cell = only(block_of(side, quant=Fp8BlockScale()))
         assert cell.state == "absent"
         assert "bfloat16 alone" in cell.reason or "timed in bf16, and in mxfp4" in cell.reason
+    cell = only(block_of(Sglang(), quant=MxFp8()))
+    assert (cell.state, cell.reason) == (
+        "absent",
+        "SGLang's Triton runner is timed in bf16 and in fp8_block",
+    )
+
+
+def test_sglang_says_what_it_is_not_timed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not installed; in parts; other experts; a gate that its TopK is not made for here."""
+    monkeypatch.setattr(_peer_sglang, "version_of", lambda name: None)
+    shapes = {shape.name: shape for shape in SMALL}
+    said = {name: only(block_of(Sglang(), shape=shape)).reason for name, shape in shapes.items()}
+    other = {name: said.pop(name) for name in ("llama4-scout", "gpt-oss-120b-32")}
+    assert set(said.values()) == {"sglang is not installed; pip install sglang"}
+    assert all("plain SwiGLU" in reason for reason in other.values())
+    minimax = attrs.evolve(SMALL[0], routing=MiniMax2())
+    assert (
+        "softmax and DeepSeek gates, not MiniMax2" in only(block_of(Sglang(), shape=minimax)).reason
+    )
+
+    monkeypatch.setattr(_peer_sglang, "version_of", lambda name: "0.5.23")
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", None)
+    cell = only(block_of(Sglang()))
+    assert cell.state == "absent"
+    assert cell.reason.startswith("sglang 0.5.23: ")
 
 
 def test_cutile_gets_the_gate_where_it_reads_it() -> None:
@@ -263,18 +296,18 @@ def test_the_peers_routing_is_the_models(shape: LayerShape) -> None:
 
 
 def test_the_floor_is_bytes_over_the_copy_or_operations_over_the_product() -> None:
-    """By hand: at T = 1 the weights of k experts, at T = 4096 the products of T k slots."""
-    few, many = block_of(Ours(), tokens=(1, 4096)).cells
+    """By hand: at T = 1 the weights of k experts, at T = 1024 the products of T k slots."""
+    few, many = block_of(Ours(), tokens=(1, 1024)).cells
     top_k = SMALL[0].top_k
     expert = 3 * HIDDEN * INTERMEDIATE
     assert few.experts_used == top_k
     assert few.floor.memory_us == pytest.approx((top_k * expert * 2 + 2 * HIDDEN * 2) / 2e12 * 1e6)
     assert many.experts_used == EXPERTS
-    assert many.floor.compute_us == pytest.approx(2 * 4096 * top_k * expert / 5e14 * 1e6)
+    assert many.floor.compute_us == pytest.approx(2 * 1024 * top_k * expert / 5e14 * 1e6)
     assert (few.floor.by, many.floor.by) == ("memory", "matrix")
     assert many.floor.us == many.floor.compute_us
     assert many.share == pytest.approx(many.floor.us / GRAPH_US)
-    assert many.intermediate_bytes == 4096 * top_k * INTERMEDIATE * 2
+    assert many.intermediate_bytes == 1024 * top_k * INTERMEDIATE * 2
 
 
 @pytest.mark.parametrize(

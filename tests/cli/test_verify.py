@@ -15,8 +15,8 @@ from typed_moe.cli import _verify, _verify_cases, _verify_kernels
 from typed_moe.cli._errors import UserError
 from typed_moe.cli._strategies import strategy_classes
 from typed_moe.cli._verify_kernels import (
+    REFERENCE,
     Found,
-    Reference,
     Weighing,
     kernels_of,
     triton_rounds_intermediate,
@@ -109,7 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Three formats and two strategies on the reference kernel."""
     monkeypatch.setattr(_verify, "FORMATS", SOME_FORMATS)
     monkeypatch.setattr(_verify, "STRATEGIES", SOME_STRATEGIES)
-    found = Found(sources=(Reference(),))
+    found = Found(sources=(REFERENCE,))
     monkeypatch.setattr(_verify, "kernels_of", lambda device, names: found)
     return monkeypatch
 
@@ -144,6 +144,7 @@ def test_what_is_right_passes(cli: Cli, small: pytest.MonkeyPatch) -> None:
 
 
 def test_json_has_what_the_table_counts(cli: Cli, small: pytest.MonkeyPatch) -> None:
+    small.setattr(_verify, "FORMATS", (Bf16(),))
     data = cli("verify", "--device", "cpu", "--json").json()
     counts = part(data, "counts")
     verdicts = Counter(str(row["verdict"]) for row in items(data, "rows"))
@@ -172,23 +173,30 @@ def test_a_kernel_that_is_two_per_cent_off_fails(
     failed = {str(row["format"]) for row in items(done.json(), "rows") if row["verdict"] == "FAIL"}
     assert failed == {"fp8_block", "nvfp4"}
     assert part(done.json(), "counts")["failed"] == 18
+
+
+def test_the_table_says_what_failed(cli: Cli, small: pytest.MonkeyPatch) -> None:
+    """How many rows, and by how much."""
+    small.setattr(_verify, "FORMATS", (Bf16(),))
+    _run(Found(sources=(ScaledSource(0.98, "bf16"),)), small)
     table = cli("verify", "--device", "cpu")
     assert table.status == 1
-    assert "Failed, 18" in table.out
-    assert f"the output is {factor}" in " ".join(table.out.split())
+    assert "Failed, 9" in table.out
+    assert "the output is 0.98" in " ".join(table.out.split())
 
 
 def test_unfinalized_rows_with_each_others_weights_fail(
     cli: Cli, small: pytest.MonkeyPatch
 ) -> None:
     """The layer's own sum is right; the caller's would not be."""
+    small.setattr(_verify, "FORMATS", (Bf16(),))
     source = ScaledSource(1.0)
     source._made = Swapped(1.0, ())
     _run(Found(sources=(source,)), small)
     done = cli("verify", "--device", "cpu", "--json")
 
     assert done.status == 1
-    assert part(done.json(), "counts")["failed"] == 27
+    assert part(done.json(), "counts")["failed"] == 9
     reasons = [str(row["reason"]) for row in items(done.json(), "rows") if row["verdict"] == "FAIL"]
     assert all("the sum of forward_unfinalized is" in reason for reason in reasons)
 
@@ -236,6 +244,7 @@ def test_a_kernel_that_leaves_rows_unwritten_fails(cli: Cli, small: pytest.Monke
             output[:-1] = made[:-1]
             return output
 
+    small.setattr(_verify, "FORMATS", (Bf16(),))
     source = ScaledSource(1.0)
     source._made = Unwritten(1.0, ())
     _run(Found(sources=(source,)), small)

@@ -12,7 +12,6 @@ import attrs
 import pytest
 import torch
 
-from tests import oracle
 from tests.gpu.library import deep_gemm_absent
 from tests.gpu.test_triton_experts import (
     EXPERTS,
@@ -20,11 +19,13 @@ from tests.gpu.test_triton_experts import (
     TOP_K,
     WIDTH,
     Name,
+    check_skipped_slots,
     expected,
     local,
     stored,
 )
 from tests.kernels.build import from_logits, precomputed
+from tests.kernels.grouped_products import ROUNDING, product_bound
 from tests.layer.build import random_experts, relative_error, separate
 from typed_moe import (
     Bf16,
@@ -37,23 +38,18 @@ from typed_moe import (
     TritonKernel,
 )
 from typed_moe.kernels._measured import MeasuredLayer
-from typed_moe.quantization import stored_error_bound
 from typed_moe.runners import _providers
 
 ABSENT = deep_gemm_absent()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))]
 
-ROUNDING = 2.0**-16 / 3
-"""Mean square of one to bfloat16, at most."""
 TOKENS = (1, 64, 1024)
 
 
-def bound(quant: Bf16 | Fp8BlockScale) -> float:
-    """A kernel's, and two roundings more: gate and up projection, before the activation."""
-    return math.sqrt((1 + stored_error_bound(quant) ** 2) * (1 + ROUNDING) ** 2 - 1)
-
-
-BOUNDS: dict[Name, float] = {"bf16": bound(Bf16()), "fp8_block": bound(Fp8BlockScale())}
+BOUNDS: dict[Name, float] = {
+    "bf16": product_bound(Bf16()),
+    "fp8_block": product_bound(Fp8BlockScale()),
+}
 NAMES = pytest.mark.parametrize("name", ["bf16", "fp8_block"])
 
 
@@ -105,21 +101,8 @@ def test_acceptance_46_shards_add_up(name: Name) -> None:
 
 @pytest.mark.parametrize("tokens", [3, 1024])
 def test_skipped_slots_and_unfinalized(tokens: int) -> None:
-    """Ids of -1 add nothing; rows, weights and index add up to the call's own result."""
-    layer, (routing, _) = stored("bf16", "swiglu"), expected("bf16", "swiglu")
-    ids = routing.ids[:tokens].clone()
-    ids[torch.rand(ids.shape) < 0.4] = -1
-    ids[0] = -1
-    output = oracle.moe(
-        layer.experts, layer.worth[:tokens], ids, routing.weights[:tokens], layer.act
-    )
-    record = layer.record(precomputed(ids.cuda(), routing.weights[:tokens].cuda()), tokens)
-    got = DeepGemmKernel()(record)
-    assert bool((got[0] == 0).all())
-    assert relative_error(got.cpu(), output) < BOUNDS["bf16"]
-    rows = DeepGemmKernel().unfinalized(record)
-    assert torch.equal((rows.expanded_idx_to_permuted_idx < 0).cpu(), ids < 0)
-    assert relative_error(rows.finalize().cpu(), output) < BOUNDS["bf16"]
+    """As the Triton kernels' own."""
+    check_skipped_slots(DeepGemmKernel(), tokens, BOUNDS["bf16"])
 
 
 PAIR = BySizeKernel(few=TritonKernel(), many=DeepGemmKernel(), least_rows=16)
@@ -172,19 +155,28 @@ def test_acceptance_43_replay_equals_eager(quant: Bf16 | Fp8BlockScale, tokens: 
 def test_torch_compile(quant: Bf16 | Fp8BlockScale) -> None:
     """`fullgraph=True`: the custom operator gives the eager call's values, in either half.
 
-    In FP8 to within what either may be off float64: the input is quantised by other launches there, and a
-    value on a rounding border may fall to the other side.
+    In FP8 the input is quantised by inductor's code there, and by a launch of ours otherwise. The values are
+    float8 times a group's power of two, so that none lies at a rounding border: both give the same bytes,
+    and scales that differ in the last bit at most. The bound is for the few values of the intermediate that this
+    moves across a border; one wrong scale of a group gives more.
     """
     layer = layer_on_card(quant, PAIR)
     layer.prepare_weights()
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     for tokens in (8, 300):
-        x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+        x = on_the_grid(tokens)
         logits = torch.randn(tokens, EXPERTS, device="cuda")
         eager = layer(x, logits)
         error = relative_error(compiled(x, logits), eager.double())
-        assert error < (1e-6 if isinstance(quant, Bf16) else bound(quant))
+        assert error < (1e-6 if isinstance(quant, Bf16) else 1e-3), error
+
+
+def on_the_grid(tokens: int) -> torch.Tensor:
+    """(T, H) bfloat16 whose groups of 128 are a power of two times float8 values up to 448, 448 among them."""
+    values = (torch.randn(tokens, HIDDEN, device="cuda") * 128).clamp(-448, 448)
+    values[:, ::128] = 448
+    return (values.to(torch.float8_e4m3fn).float() * 2.0**-7).bfloat16()
 
 
 def test_the_plan_takes_it_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from tests import oracle
 from tests.kernels.build import KINDS, from_logits, precomputed
+from tests.kernels.watching import Watching, by_torch
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error, separate
 from tests.quantization import grids
 from typed_moe import (
     Bf16,
+    DeepGemmKernel,
     DeepSeekV3,
     Format,
     Fp8BlockScale,
@@ -38,9 +40,10 @@ from typed_moe.kernels import (
     ExpertArgs,
     Fp8BlockMoeArgs,
     MoeArgs,
+    MoeKernel,
     Routing,
 )
-from typed_moe.kernels._expert_tiles import HOPPER
+from typed_moe.kernels._expert_tiles import HOPPER, HOPPER_NARROW, Operand
 from typed_moe.quantization import quantize_activation, stored_error_bound
 
 pytestmark = [
@@ -238,7 +241,8 @@ def test_fp8_converted_in_registers(activation: str, tokens: int) -> None:
 def test_every_tile_of_the_table_at_every_size(name: Name) -> None:
     """A tile that the table gives for another size computes the same values."""
     layer, (routing, output) = stored(name, "swiglu"), expected(name, "swiglu")
-    for _, tile in HOPPER["bf16" if name == "bf16" else "fp8"]:
+    operand: Operand = "bf16" if name == "bf16" else "fp8"
+    for _, tile in (*HOPPER[operand], *HOPPER_NARROW.get(operand, ())):
         for tokens in (3, 1000):
             given = precomputed(routing.ids[:tokens].cuda(), routing.weights[:tokens].cuda())
             got = TritonKernel(tile=tile)(layer.record(given, tokens))
@@ -291,8 +295,7 @@ def local(layer: Stored, given: Routing, tokens: int, here: range) -> MoeArgs:
     )
 
 
-@pytest.mark.parametrize("tokens", [3, 70, 1024])
-def test_skipped_slots_and_unfinalized(tokens: int) -> None:
+def check_skipped_slots(kernel: TritonKernel | DeepGemmKernel, tokens: int, bound: float) -> None:
     """Ids of -1 add nothing; rows, weights and index add up to the call's own result."""
     layer, (routing, _) = stored("bf16", "swiglu"), expected("bf16", "swiglu")
     ids = routing.ids[:tokens].clone()
@@ -302,18 +305,28 @@ def test_skipped_slots_and_unfinalized(tokens: int) -> None:
         layer.experts, layer.worth[:tokens], ids, routing.weights[:tokens], layer.act
     )
     record = layer.record(precomputed(ids.cuda(), routing.weights[:tokens].cuda()), tokens)
-    got = TritonKernel()(record)
+    got = kernel(record)
     assert bool((got[0] == 0).all())
-    assert relative_error(got.cpu(), output) < BOUNDS["bf16"]
-    rows = TritonKernel().unfinalized(record)
+    assert relative_error(got.cpu(), output) < bound
+    rows = kernel.unfinalized(record)
     assert torch.equal((rows.expanded_idx_to_permuted_idx < 0).cpu(), ids < 0)
-    assert relative_error(rows.finalize().cpu(), output) < BOUNDS["bf16"]
+    assert relative_error(rows.finalize().cpu(), output) < bound
 
 
-def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
-    """A layer that the plan gives to the Triton kernel by itself."""
-    torch.manual_seed(5)
-    layer = FusedMoE(
+@pytest.mark.parametrize("tokens", [3, 70, 1024])
+def test_skipped_slots_and_unfinalized(tokens: int) -> None:
+    """With the sum and before it."""
+    check_skipped_slots(TritonKernel(), tokens, BOUNDS["bf16"])
+
+
+def empty_layer(
+    quant: Format,
+    form: RoutingForm | None,
+    kernel: MoeKernel | None = None,
+    device: torch.device | None = None,
+) -> FusedMoE:
+    """A layer of DeepSeek's routing, without weights."""
+    return FusedMoE(
         num_experts=EXPERTS,
         top_k=TOP_K,
         hidden_size=HIDDEN,
@@ -321,8 +334,16 @@ def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
         routing=DeepSeekV3(num_expert_group=4, topk_group=2, routed_scaling_factor=2.5),
         quant=quant,
         routing_form=form,
+        kernel=kernel,
+        device=device,
         dtype=torch.bfloat16,
     )
+
+
+def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
+    """A layer that the plan gives to the Triton kernel by itself."""
+    torch.manual_seed(5)
+    layer = empty_layer(quant, form)
     experts = random_experts(EXPERTS, HIDDEN, WIDTH)
     weights = [("e_score_correction_bias", torch.randn(EXPERTS) * 0.05)]
     assert experts.gate is not None
@@ -338,19 +359,15 @@ def layer_on_card(quant: Format, form: RoutingForm | None = None) -> FusedMoE:
     return layer.cuda()
 
 
-FORMATS = pytest.mark.parametrize(
-    "quant",
-    [
-        Bf16(),
-        Fp8PerTensor(),
-        Fp8BlockScale(),
-        MxFp8(),
-        MxFp4(),
-        MxFp4(activation="mxfp8"),
-        Nvfp4(),
-    ],
-    ids=repr,
+QUANTISED: tuple[Format, ...] = (
+    Fp8PerTensor(),
+    Fp8BlockScale(),
+    MxFp8(),
+    MxFp4(),
+    MxFp4(activation="mxfp8"),
+    Nvfp4(),
 )
+FORMATS = pytest.mark.parametrize("quant", [Bf16(), *QUANTISED], ids=repr)
 FORMS = pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
 
 
@@ -400,8 +417,28 @@ def test_torch_compile(quant: Format, form: RoutingForm) -> None:
     x = torch.randn(33, HIDDEN, device="cuda").bfloat16()
     logits = torch.randn(33, EXPERTS, device="cuda")
     eager = layer(x, logits)
-    error = relative_error(compiled(x, logits), eager.double())
-    assert error < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+    got = compiled(x, logits)
+    # The kernel quantises in both, and routes in both where it routes at all.
+    assert form is not RoutingForm.IN_KERNEL or torch.equal(got, eager)
+    assert relative_error(got, eager.double()) < (1e-6 if isinstance(quant, Bf16) else 1e-2)
+
+
+@FORMS
+@pytest.mark.parametrize("tokens", [1, 4, 8, 128, 129])
+@pytest.mark.parametrize("quant", QUANTISED, ids=repr)
+def test_activations_that_the_kernel_quantises(
+    quant: Format, form: RoutingForm, tokens: int
+) -> None:
+    """The bits of a record that PyTorch quantised, for rows that lie apart; beside routing, or before it."""
+    kernel = Watching(TritonKernel())
+    layer = empty_layer(quant, form, kernel, torch.device("cuda", 0))
+    layer.load_state_dict(layer_on_card(quant, form).state_dict())
+    x = torch.randn(tokens, 2 * HIDDEN, device="cuda").bfloat16()[:, HIDDEN:]
+    logits = torch.randn(tokens, EXPERTS, device="cuda")
+    got = layer(x, logits)
+    args = kernel.seen[-1]
+    assert args.hidden_states.data_ptr() == x.data_ptr()
+    assert torch.equal(TritonKernel()(by_torch(args)), got)
 
 
 @FORMATS

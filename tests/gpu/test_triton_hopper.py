@@ -153,6 +153,24 @@ def test_no_slot_at_all(name: RecordName, products: list[str]) -> None:
     assert len(products) == 2
 
 
+@pytest.mark.parametrize("name", sorted(BOUNDS))
+def test_a_row_of_nan_stays_alone(name: RecordName, products: list[str]) -> None:
+    """The first token's is in no other token's sum, nor in what stands at places without a slot."""
+    torch.manual_seed(12)
+    made = record(name, oracle.Act(), SIZES)
+    ids, weights = drawn()
+    ids[0] = torch.tensor([5, 6, 7])
+    args = moved(made.make(precomputed(ids.cuda(), weights.cuda())))
+    wanted = TritonKernel(tile=tile(name))(args)
+    args.hidden_states[0] = torch.full_like(args.hidden_states[0].float(), torch.nan).to(
+        args.hidden_states.dtype
+    )
+    got = TritonKernel(tile=tile(name))(args)
+    assert bool(got[0].isnan().all())
+    assert torch.equal(got[1:], wanted[1:])
+    assert len(products) == 4
+
+
 def test_a_sum_of_no_whole_steps_goes_elsewhere(products: list[str]) -> None:
     """A width of 352 is no multiple of a step of 64: the same tile, by the portable kernels."""
     torch.manual_seed(11)

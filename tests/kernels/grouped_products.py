@@ -8,16 +8,26 @@ block whose first row belongs to nobody is left as it is, which is NaN here.
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import attrs
 import torch
 from torch import Tensor
 
+from typed_moe import Bf16, Fp8BlockScale
+from typed_moe.quantization import stored_error_bound
 from typed_moe.routing import Refused
 
+ROUNDING = 2.0**-16 / 3
+"""Mean square of one to bfloat16, at most."""
 _HALF = 64
 """Rows of a warp group's product."""
+
+
+def product_bound(quant: Bf16 | Fp8BlockScale) -> float:
+    """On a layer over such products: a kernel's, and two roundings more, gate and up before the activation."""
+    return math.sqrt((1 + stored_error_bound(quant) ** 2) * (1 + ROUNDING) ** 2 - 1)
 
 
 @final

@@ -17,6 +17,8 @@ from typed_moe.kernels import KernelRequest, TritonKernel, _tile_file, triton_ex
 from typed_moe.kernels._expert_tiles import (
     ANY_CARD,
     HOPPER,
+    HOPPER_NARROW,
+    NARROW,
     ExpertTile,
     GemmTile,
     Operand,
@@ -80,7 +82,25 @@ def test_what_is_written_is_read(written: Path) -> None:
     assert dict(found.tables) == TABLES
 
 
-@pytest.mark.parametrize("tables", [HOPPER, ANY_CARD], ids=["hopper", "any"])
+def test_a_file_from_before_persistent_kernels_asks_for_none(written: Path) -> None:
+    """Such a file is as good as it was; what else it lacks is still refused."""
+    data = json.loads(written.read_text())
+    for table in data["tables"].values():
+        for tile in table:
+            for name in ("first", "second"):
+                assert tile[name].pop("persistent") is False
+    written.write_text(json.dumps(data))
+    assert dict(read_tile_file(written).tables) == TABLES
+
+    del data["tables"]["fp8"][0]["first"]["tma"]
+    written.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"fp8\[0\].first lacks 'tma'"):
+        read_tile_file(written)
+
+
+@pytest.mark.parametrize(
+    "tables", [HOPPER, HOPPER_NARROW, ANY_CARD], ids=["hopper", "hopper narrow", "any"]
+)
 def test_the_built_in_tables_could_be_a_file(
     tables: Mapping[Operand, Table], tmp_path: Path
 ) -> None:
@@ -90,21 +110,30 @@ def test_the_built_in_tables_could_be_a_file(
     assert dict(read_tile_file(path).tables) == dict(tables)
 
 
+def test_narrow_layers_have_their_own() -> None:
+    """On the cards that have such a table, for the operands in it."""
+    card = "NVIDIA H100 80GB HBM3"
+    assert table_of(card, "bf16", NARROW) == HOPPER_NARROW["bf16"]
+    assert table_of(card, "bf16", NARROW + 8) == HOPPER["bf16"]
+    assert table_of(card, "fp8", NARROW) == HOPPER["fp8"]
+    assert table_of(CARD, "bf16", NARROW) == ANY_CARD["bf16"]
+
+
 def test_the_kernel_takes_it(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the operands that it has; the built-in table for the others, and without it."""
     device = torch.device("cuda")
-    assert triton_experts._table(device, "bf16") == table_of(CARD, "bf16")
+    assert triton_experts._table(device, "bf16", 2048) == table_of(CARD, "bf16", 2048)
     _clear()
     monkeypatch.setenv("TYPED_MOE_TILES", str(written))
-    assert triton_experts._table(device, "bf16") == TABLES["bf16"]
+    assert triton_experts._table(device, "bf16", 2048) == TABLES["bf16"]
     assert isinstance(TritonKernel().rules(REQUEST), KernelRules)
 
     data = json.loads(written.read_text())
     del data["tables"]["bf16"]
     written.write_text(json.dumps(data))
     _clear()
-    assert triton_experts._table(device, "bf16") == table_of(CARD, "bf16")
-    assert triton_experts._table(device, "fp8") == TABLES["fp8"]
+    assert triton_experts._table(device, "bf16", 2048) == table_of(CARD, "bf16", 2048)
+    assert triton_experts._table(device, "fp8", 2048) == TABLES["fp8"]
 
 
 def test_another_cards_file_is_refused(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:

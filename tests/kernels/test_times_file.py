@@ -182,3 +182,19 @@ def test_the_shipped_reports_are_read(
         assert [layer.model for layer in built_in()] == ["qwen3-30b-a3b"]
     finally:
         built_in.cache_clear()
+
+
+def test_what_is_wrong_with_a_shipped_report_is_not_the_variables(
+    written: Callable[[object], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence names the package's own file, which no variable has named."""
+    path = written({})
+    monkeypatch.setattr(_times_file, "BUILT_IN", path.parent)
+    built_in.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="lacks 'machine'") as raised:
+            measured_layers("any card")
+        assert f"typed_moe's own {path}" in str(raised.value)
+        assert "TYPED_MOE_TIMES" not in str(raised.value)
+    finally:
+        built_in.cache_clear()

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.kernels.build import EXPERTS, TOKENS, RecordName, from_logits, precomputed, record
+from tests.kernels import build as records
+from tests.kernels.build import Record, RecordName, Sizes, from_logits, precomputed
+from tests.kernels.watching import Watching, by_torch
 from tests.layer.build import ACTIVATIONS, Build, random_experts, relative_error
 from typed_moe import (
     Bf16,
@@ -38,8 +40,9 @@ from typed_moe import (
     Swiglu,
     TritonKernel,
 )
-from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs
+from typed_moe.kernels import Fp8BlockMoeArgs, FromLogits, MoeArgs, _quantizing, triton_experts
 from typed_moe.kernels._expert_tiles import ExpertTile, GemmTile
+from typed_moe.kernels.args import given_scale
 from typed_moe.quantization import (
     quantize_activation,
     relative_error_bound,
@@ -103,6 +106,13 @@ DESCRIBED = attrs.evolve(
 )
 """Both products read their matrices through tensor descriptors, the second one in half blocks."""
 HIDDEN, WIDTH = 40, 24
+EXPERTS, TOKENS = 4, 9
+"""Of records: the interpreter's time is by blocks of slots, and each expert has its own at any number of tokens."""
+
+
+def record(name: RecordName, act: oracle.Act) -> Record:
+    """Random stored values, in as few blocks as show everything."""
+    return records.record(name, act, Sizes(experts=EXPERTS, tokens=TOKENS))
 
 
 def rounded(experts: oracle.Experts) -> oracle.Experts:
@@ -307,22 +317,55 @@ def test_quantising_in_one_launch(quant: Format) -> None:
             assert one is None or other is None or torch.equal(one.float(), other.float())
 
 
+@pytest.mark.parametrize("tokens", [3, 9])
+@pytest.mark.parametrize("quant", QUANTISED, ids=repr)
+def test_activations_that_the_kernel_quantises(
+    quant: Format, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of a record that PyTorch quantised: beside routing in its launch, or in one of its own.
+
+    The columns are more than a program's, and no multiple of it. Three tokens are routed and sorted by one
+    program, nine by several.
+    """
+    monkeypatch.setattr(_quantizing, "PART", 256)
+    kernel, width = Watching(TritonKernel(tile=GROUPED)), 384
+    layer = attrs.evolve(
+        build(RenormalizeNaive(), RoutingForm.IN_KERNEL),
+        quant=quant,
+        hidden_size=width,
+        intermediate_size=128,
+        kernel=kernel,
+    ).loaded(random_experts(8, width, 128))
+    x, logits = torch.randn(tokens, 2 * width).bfloat16()[:, :width], torch.randn(tokens, 8)
+    layer.calibrate(x, logits)
+    beside = layer(x, logits)
+    args = kernel.seen[-1]
+
+    assert args.hidden_states.data_ptr() == x.data_ptr()
+    assert torch.equal(kernel.kernel(by_torch(args)), beside)
+    monkeypatch.setattr(triton_experts, "_MOST_BESIDE", 0)
+    assert torch.equal(kernel.kernel(args), beside)
+    with pytest.raises(ValueError, match="which this one does not do"):
+        ReferenceKernel()(args)
+
+
 @pytest.mark.parametrize("quant", QUANTISED, ids=repr)
 def test_a_layer_of_every_format(quant: Format) -> None:
     """Far from float64 by what the format costs at most, and from the reference on the same state by less.
 
-    Quantised by the kernel in its own launch, and by torch.compile: the same.
+    The custom operator of torch.compile is given the activations as they are too.
     """
-    experts = random_experts(8, 256, 128, biases=True)
+    experts = random_experts(4, 256, 128, biases=True)
     made = attrs.evolve(
         build(RenormalizeNaive(), RoutingForm.IN_KERNEL),
+        num_experts=4,
         quant=quant,
         hidden_size=256,
         intermediate_size=128,
         has_bias=True,
         kernel=TritonKernel(),
     )
-    x, logits = torch.randn(9, 256).bfloat16(), torch.randn(9, 8)
+    x, logits = torch.randn(5, 256).bfloat16(), torch.randn(5, 4)
     layer = made.loaded(experts)
     layer.calibrate(x, logits)
     rule = oracle.RULES["RenormalizeNaive"]
@@ -372,7 +415,7 @@ def test_nan_in_mxfp8() -> None:
     made = record("mxfp8", oracle.Act())
     args = made.make(precomputed(*chosen()))
     assert isinstance(args, Fp8BlockMoeArgs)
-    x, scale = args.hidden_states.clone(), args.hidden_states_scale.clone()
+    x, scale = args.hidden_states.clone(), given_scale(args).clone()
     x[2, :32], scale[2] = 0.0, 255
     x.view(torch.uint8)[3, 7] = 0x7F
     got = TritonKernel()(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.kernels.build import from_logits
 from tests.kernels.grouped_products import ContractProducts
+from tests.layer.build import Build, random_experts
 from typed_moe import (
     Bf16,
     BySizeKernel,
@@ -447,6 +448,33 @@ def test_one_for_every_size() -> None:
     kernel = BySizeKernel(few=FEW, many=MANY, least_rows=0)
     assert kernel.name == "many"
     assert float(kernel(record(1, logits(1)))) == 2.0
+
+
+@pytest.mark.parametrize("form", list(RoutingForm), ids=lambda form: form.value)
+def test_no_tokens_call_no_kernel(form: RoutingForm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T = 0 is the runners' own, with the sum and without: a library's products have no empty size."""
+
+    def called(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a kernel was called with T = 0")
+
+    for name in ("__call__", "unfinalized", "quantize"):
+        monkeypatch.setattr(Told, name, called)
+    pair = BySizeKernel(few=FEW, many=MANY, least_rows=0)
+    layer = Build(
+        routing=RenormalizeNaive(),
+        hidden_size=128,
+        intermediate_size=128,
+        quant=Fp8BlockScale(),
+        routing_form=form,
+        kernel=pair,
+        dtype=torch.bfloat16,
+    ).loaded(random_experts(8, 128, 128))
+    x, logits = torch.empty(0, 128).bfloat16(), torch.empty(0, 8)
+    output = layer(x, logits)
+    assert (output.shape, output.dtype) == ((0, 128), torch.bfloat16)
+    assert layer.forward_unfinalized(x, logits).expanded_idx_to_permuted_idx.numel() == 0
+    with pytest.raises(AssertionError, match="called with T = 0"):
+        layer(torch.zeros(1, 128).bfloat16(), torch.zeros(1, 8))
 
 
 def test_weights_serve_both_as_they_are() -> None:

@@ -120,8 +120,19 @@ def _cutile() -> Side:
     return FlashInferCuTile()
 
 
+def _sglang() -> Side:
+    from typed_moe.cli._peer_sglang import Sglang  # noqa: PLC0415 - where it is timed
+
+    return Sglang()
+
+
 _PEERS: Mapping[str, Callable[[], Side]] = MappingProxyType(
-    {"torch": _torch, "transformers": _transformers, "flashinfer-cutile": _cutile}
+    {
+        "torch": _torch,
+        "transformers": _transformers,
+        "flashinfer-cutile": _cutile,
+        "sglang": _sglang,
+    }
 )
 PEERS: tuple[str, ...] = tuple(_PEERS)
 """What `--peer` takes."""

@@ -175,7 +175,7 @@ class _Search:
         """The search."""
         tokens = self._inputs.hidden_states.shape[0]
         rows = tokens * shape.top_k / shape.num_experts
-        built_in = tile_of(table_of(self._tuner.card, self._operand), rows)
+        built_in = tile_of(table_of(self._tuner.card, self._operand, shape.hidden_size), rows)
         self._gated = is_gated(shape.activation)
         self._bound = 2 * stored_error_bound(quant)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import partial
 from types import MappingProxyType
 from typing import Protocol, final
 
@@ -79,18 +80,30 @@ class KernelSource(Protocol):
         ...
 
 
+def _in_every_format(quant: Format) -> bool:
+    del quant
+    return True
+
+
 @final
 @attrs.frozen(kw_only=True)
-class Reference:
-    """The package's float32 kernel."""
+class Complete:
+    """A kernel that computes everything its rules let through, and whose output shows it.
 
-    name: str = "reference"
+    Attributes:
+        name: for the report.
+        make: a new kernel; it has no state.
+        rounds: whether it rounds between the two matrices as a format does.
+    """
+
+    name: str
+    make: Callable[[], MoeKernel]
+    rounds: Callable[[Format], bool] = _in_every_format
     stops_before_sum: bool = True
 
     def rounds_intermediate(self, quant: Format) -> bool:
-        """In every format."""
-        del quant
-        return True
+        """As it was told."""
+        return self.rounds(quant)
 
     def activation(self, quant: Format) -> Activation:
         """What most models have."""
@@ -98,8 +111,8 @@ class Reference:
         return Swiglu()
 
     def kernel(self) -> MoeKernel:
-        """It has no state."""
-        return ReferenceKernel()
+        """A new one."""
+        return self.make()
 
     def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
         """It computes everything."""
@@ -109,6 +122,10 @@ class Reference:
     def given(self) -> tuple[Tensor, Tensor] | None:
         """Its output shows them."""
         return None
+
+
+REFERENCE = Complete(name="reference", make=ReferenceKernel)
+"""The package's float32 kernel."""
 
 
 def triton_rounds_intermediate(quant: Format, device: torch.device) -> bool:
@@ -125,70 +142,6 @@ def triton_rounds_intermediate(quant: Format, device: torch.device) -> bool:
             return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _NATIVE_FP8
         case _:
             return True
-
-
-@final
-@attrs.frozen(kw_only=True)
-class Triton:
-    """The package's portable kernels, for CUDA cards from compute capability 8.0 on."""
-
-    device: torch.device
-    name: str = "triton"
-    stops_before_sum: bool = True
-
-    def rounds_intermediate(self, quant: Format) -> bool:
-        """As `triton_rounds_intermediate`."""
-        return triton_rounds_intermediate(quant, self.device)
-
-    def activation(self, quant: Format) -> Activation:
-        """What most models have."""
-        del quant
-        return Swiglu()
-
-    def kernel(self) -> MoeKernel:
-        """It has no state."""
-        return TritonKernel()
-
-    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
-        """It computes everything that its rules let through."""
-        del quant, form, method
-        return Weighing.FOLLOWED
-
-    def given(self) -> tuple[Tensor, Tensor] | None:
-        """Its output shows them."""
-        return None
-
-
-@final
-@attrs.frozen(kw_only=True)
-class DeepGemm:
-    """The layer on DeepGEMM's grouped products, for Hopper cards."""
-
-    name: str = "deep_gemm"
-    stops_before_sum: bool = True
-
-    def rounds_intermediate(self, quant: Format) -> bool:
-        """In both of its formats."""
-        del quant
-        return True
-
-    def activation(self, quant: Format) -> Activation:
-        """What most models have."""
-        del quant
-        return Swiglu()
-
-    def kernel(self) -> MoeKernel:
-        """It has no state."""
-        return DeepGemmKernel()
-
-    def weighing(self, quant: Format, form: RoutingForm, method: str) -> Weighing | Refused:
-        """It computes everything that its rules let through."""
-        del quant, form, method
-        return Weighing.FOLLOWED
-
-    def given(self) -> tuple[Tensor, Tensor] | None:
-        """Its output shows them."""
-        return None
 
 
 @final
@@ -299,7 +252,7 @@ def _reference(device: torch.device) -> KernelSource | Refused:
     if device.type == "cuda":
         # It would say nothing of the device, and hide that nothing else ran.
         return Refused("the float32 reference says nothing of a GPU; choose --device cpu for it")
-    return Reference()
+    return REFERENCE
 
 
 def _flashinfer(device: torch.device) -> KernelSource | Refused:
@@ -315,7 +268,10 @@ def _flashinfer(device: torch.device) -> KernelSource | Refused:
 
 def _triton(device: torch.device) -> KernelSource | Refused:
     absent = fused_routing_refusal(device)
-    return Triton(device=device) if absent is None else absent
+    if absent is not None:
+        return absent
+    rounds = partial(triton_rounds_intermediate, device=device)
+    return Complete(name="triton", make=TritonKernel, rounds=rounds)
 
 
 def _deep_gemm(device: torch.device) -> KernelSource | Refused:
@@ -324,7 +280,7 @@ def _deep_gemm(device: torch.device) -> KernelSource | Refused:
         return absent
     library = installed_deep_gemm()
     refused = library if isinstance(library, Refused) else library.refuses(device)
-    return DeepGemm() if refused is None else refused
+    return Complete(name="deep_gemm", make=DeepGemmKernel) if refused is None else refused
 
 
 _FINDERS: Mapping[str, _Finder] = MappingProxyType(

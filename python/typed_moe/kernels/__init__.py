@@ -25,6 +25,7 @@ from typed_moe.kernels.args import (
     MxInt4MoeArgs,
     Precomputed,
     Routing,
+    ToFormat,
     entry_point,
 )
 from typed_moe.kernels.by_size import BySizeKernel, rows_per_expert
@@ -69,6 +70,7 @@ __all__ = [
     "Routing",
     "SortRequest",
     "SortedSlots",
+    "ToFormat",
     "TritonKernel",
     "Unfinalized",
     "UnfinalizedKernel",

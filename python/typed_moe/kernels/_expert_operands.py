@@ -55,6 +55,7 @@ class Operands:
         fp8: how float8_e4m3fn is multiplied.
         scales: of the weights.
         outputs: the scales of whole matrices, None where there are none.
+        in_parts: `hidden` is bfloat16 in `pack` parts already, its scales multiplied in.
     """
 
     hidden: Tensor
@@ -66,6 +67,7 @@ class Operands:
     fp8: Fp8 = "none"
     scales: Scales = "plain"
     outputs: Outputs | None = None
+    in_parts: bool = False
 
     @property
     def group(self) -> int:

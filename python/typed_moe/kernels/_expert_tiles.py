@@ -229,19 +229,6 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
                 ),
             ),
             (
-                192,
-                ExpertTile(
-                    block_m=128,
-                    first=GemmTile(
-                        block_n=64, block_k=128, warps=4, stages=3, group_m=16, tma=True
-                    ),
-                    second=GemmTile(
-                        block_n=128, block_k=128, warps=4, stages=3, group_m=16, tma=True
-                    ),
-                    second_block_m=64,
-                ),
-            ),
-            (
                 2**31,
                 ExpertTile(
                     block_m=128,
@@ -343,6 +330,32 @@ HOPPER: Mapping[Operand, Table] = MappingProxyType(
     }
 )
 """H100, from a sweep over Qwen3-30B-A3B and 32 experts of DeepSeek-V3 (docs/performance.md), and H200."""
+
+NARROW = 3072
+"""Values of a token, the hidden size, up to which a card's narrow tables hold."""
+
+HOPPER_NARROW: Mapping[Operand, Table] = MappingProxyType(
+    {
+        "bf16": (
+            *HOPPER["bf16"][:4],
+            (192, HOPPER["bf16"][4][1]),
+            (
+                2**31,
+                ExpertTile(
+                    block_m=128,
+                    first=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=4, persistent=True
+                    ),
+                    second=GemmTile(
+                        block_n=128, block_k=64, warps=8, stages=4, group_m=8, persistent=True
+                    ),
+                ),
+            ),
+        ),
+    }
+)
+"""The same, where they are others for narrow layers: the persistent kernels gain in bfloat16 at hidden sizes
+of 2048 and 2880, and lose at 4096 and above (docs/performance.md)."""
 
 ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
     {
@@ -473,21 +486,23 @@ ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
 """The rule for a card that nobody measured: pipelines that fit the 99 KB of shared memory that every
 card from compute capability 8.0 on has."""
 
-_CARDS: tuple[tuple[str, Mapping[Operand, Table]], ...] = (
-    ("H100", HOPPER),
-    ("H200", HOPPER),
-    ("H800", HOPPER),
-    ("H20", HOPPER),
-    ("GH200", HOPPER),
+_CARDS: tuple[tuple[str, Mapping[Operand, Table], Mapping[Operand, Table]], ...] = (
+    ("H100", HOPPER, HOPPER_NARROW),
+    ("H200", HOPPER, HOPPER_NARROW),
+    ("H800", HOPPER, HOPPER_NARROW),
+    ("H20", HOPPER, HOPPER_NARROW),
+    ("GH200", HOPPER, HOPPER_NARROW),
 )
-"""By a part of the name that the driver gives, the first that fits."""
+"""By a part of the name that the driver gives, the first that fits: tables, and those of narrow layers."""
 
 
-def table_of(card: str, operand: Operand) -> Table:
-    """The tiles for a card's name, `torch.cuda.get_device_name`."""
-    for part, tables in _CARDS:
+def table_of(card: str, operand: Operand, hidden_size: int) -> Table:
+    """The tiles for a card's name, `torch.cuda.get_device_name`, and a layer's hidden size."""
+    for part, tables, narrow in _CARDS:
         if part in card:
-            return tables[operand]
+            return (
+                narrow.get(operand, tables[operand]) if hidden_size <= NARROW else tables[operand]
+            )
     return ANY_CARD[operand]
 
 

@@ -23,6 +23,7 @@ from typed_moe.kernels.args import (
     MoeArgs,
     MxInt4MoeArgs,
     Precomputed,
+    given_scale,
 )
 
 Arguments = dict[str, object]
@@ -135,7 +136,7 @@ def tensor_arguments(args: MoeArgs, library: FlashInferLibrary) -> Arguments:
         case Fp8BlockMoeArgs():
             return {
                 "hidden_states": args.hidden_states.contiguous(),
-                "hidden_states_scale": args.hidden_states_scale.contiguous(),
+                "hidden_states_scale": given_scale(args).contiguous(),
                 "gemm1_weights": args.gemm1_weights,
                 "gemm1_weights_scale": args.gemm1_weights_scale,
                 "gemm2_weights": args.gemm2_weights,

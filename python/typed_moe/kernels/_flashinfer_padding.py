@@ -26,6 +26,7 @@ from typed_moe.kernels.args import (
     Fp8PerTensorMoeArgs,
     MoeArgs,
     MxInt4MoeArgs,
+    given_scale,
 )
 from typed_moe.kernels.weights import ExpertWeights
 
@@ -91,7 +92,7 @@ def pad_activations(args: MoeArgs, hidden_size: int) -> MoeArgs:
             return replace(
                 args,
                 hidden_states=_wide(args.hidden_states, hidden_size, padded),
-                hidden_states_scale=_wide(args.hidden_states_scale, hidden_size, padded),
+                hidden_states_scale=_wide(given_scale(args), hidden_size, padded),
             )
         case _:
             assert_never(args)

@@ -97,7 +97,11 @@ class UnfinalizedKernel(Protocol):
 
 @runtime_checkable
 class QuantizingKernel(Protocol):
-    """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch."""
+    """**Protocol:** a `MoeKernel` that brings activations into a format in its own launch.
+
+    Its records come with `to_format`, the activations floating point still: so it may quantise while it
+    routes.
+    """
 
     def quantize(
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None

@@ -29,6 +29,8 @@ from typed_moe.kernels.args import (
     Fp8PerTensorMoeArgs,
     MoeArgs,
     MxInt4MoeArgs,
+    check_in_format,
+    given_scale,
 )
 from typed_moe.quantization import (
     Quantized,
@@ -61,6 +63,7 @@ class Numerics(Protocol):
 
 def numerics_of(args: MoeArgs) -> Numerics:
     """The reader of a record."""
+    check_in_format(args)
     match args:
         case Bf16MoeArgs():
             return _Plain(args=args)
@@ -176,7 +179,7 @@ class _Block:
         return self.args.gemm2_weights.shape[1]
 
     def hidden_states(self, token: Tensor) -> Tensor:
-        scale = self.args.hidden_states_scale
+        scale = given_scale(self.args)
         rows = scale.T if self.args.fp8_quantization_type == "DeepSeekFp8" else scale
         stored = Quantized(data=self.args.hidden_states[token], scale=rows[token])
         return dequantize_activation(stored, self._format)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -47,6 +48,8 @@ _SIZES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     }
 )
 _SWITCHES = ("tma", "persistent")
+_LATER: Mapping[str, bool] = MappingProxyType({"persistent": False})
+"""What older files do not have, and what it is in them."""
 
 
 @final
@@ -171,7 +174,7 @@ def _row(operand: str, number: int, data: object) -> tuple[float, ExpertTile]:
 
 
 def _gemm(operand: str, data: object, where: str) -> GemmTile:
-    gemm = _object(data, where, {*_SIZES, *_SWITCHES})
+    gemm = {**_LATER, **_object(data, where, {*_SIZES, *_SWITCHES}, later=_LATER.keys())}
     size = {
         name: _one_of(gemm[name], f"{where}.{name}", allowed) for name, allowed in _SIZES.items()
     }
@@ -213,11 +216,18 @@ def _switch(value: object, where: str) -> bool:
     return value
 
 
-def _object(data: object, where: str, names: set[str], *, extra: bool = False) -> dict[str, object]:
-    """A JSON object with these names; with others too where `extra` says so."""
+def _object(
+    data: object,
+    where: str,
+    names: set[str],
+    *,
+    extra: bool = False,
+    later: AbstractSet[str] = frozenset(),
+) -> dict[str, object]:
+    """A JSON object with these names, but for the `later` ones; with others where `extra` says so."""
     if not isinstance(data, dict):
         raise ValueError(f"{where} is a JSON {type(data).__name__}; allowed: an object")
-    missing = sorted(names - data.keys())
+    missing = sorted(names - later - data.keys())
     unknown = sorted(data.keys() - names) if not extra else []
     if missing or unknown:
         said = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"

@@ -46,7 +46,7 @@ def measured_layers(card: str) -> tuple[MeasuredLayer, ...]:
 def built_in() -> tuple[MeasuredLayer, ...]:
     """Of every report that is shipped, by the files' names."""
     files = sorted(BUILT_IN.glob("*.json"))
-    return tuple(layer for file in files for layer in read_times_file(file))
+    return tuple(layer for file in files for layer in read_times_file(file, shipped=True))
 
 
 @cache
@@ -54,13 +54,17 @@ def _read(path: str) -> tuple[MeasuredLayer, ...]:
     return read_times_file(Path(path))
 
 
-def read_times_file(path: Path) -> tuple[MeasuredLayer, ...]:
+def read_times_file(path: Path, *, shipped: bool = False) -> tuple[MeasuredLayer, ...]:
     """Read and check a file: the layers that were timed with kernels by name.
+
+    Args:
+        path: of the file.
+        shipped: it is the package's own, which no variable names.
 
     Raises:
         ValueError: it cannot be read, is no such report, or has no time of two kernels.
     """
-    wrong = f"{TIMES_VARIABLE}={path}"
+    wrong = f"typed_moe's own {path}" if shipped else f"{TIMES_VARIABLE}={path}"
     try:
         data: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -404,11 +404,12 @@ def first_kernel(
     """
     follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (I + BLOCK_N - 1) // BLOCK_N, GROUP_M)
+    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Both before the branch, so that one does not wait for the other.
     expert = tl.load(block_experts_ptr + block).to(tl.int64)
+    slot = tl.load(slots_ptr + place)
     if expert < 0:
         return
-    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    slot = tl.load(slots_ptr + place)
     used = slot < num_slots
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     token = (tl.where(used, slot, 0) // SLOTS).to(tl.int64)
@@ -548,17 +549,19 @@ def second_kernel(
     PARTS blocks here are one of the sorted slots' blocks.
     SCALED: hidden is float8_e4m3fn with one scale per 128 values. FP8 "bits": it is bfloat16.
     """
-    follow(PDL)
     block, column = tile_at(tl.program_id(0), num_blocks, (H + BLOCK_N - 1) // BLOCK_N, GROUP_M)
-    expert = tl.load(block_experts_ptr + block // PARTS).to(tl.int64)
+    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Ahead of the wait: slots were sorted before the first product, which is before this.
+    expert = tl.load(block_experts_ptr + block // PARTS, cache_modifier=".cg").to(tl.int64)
+    slot = tl.load(slots_ptr + place, cache_modifier=".cg")
+    leading = tl.load(slots_ptr + block * BLOCK_M, cache_modifier=".cg")
+    follow(PDL)
     if expert < 0:
         return
-    place = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    slot = tl.load(slots_ptr + place)
-    used = slot < num_slots
-    # Slots stand first in their block: a part may have none. A whole block has some, and need not wait.
-    if PARTS > 1 and tl.load(slots_ptr + block * BLOCK_M) >= num_slots:
+    # Slots stand first in their block: a part may have none. A whole block has some, and need not look.
+    if PARTS > 1 and leading >= num_slots:
         return
+    used = slot < num_slots
     n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, H - 1)
     if GROUP > 0:
@@ -648,23 +651,34 @@ def combine_kernel(
 ) -> None:
     """One token's rows added up in float32, slot after slot; those of no local expert are left out.
 
-    Rows stand by slot, or, BY_PLACE, where `place` says of their slot.
+    Rows stand by slot, and the launch before is this package's second product; or, BY_PLACE, where
+    `place` says of their slot, and it is a library's.
     """
-    follow(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    for one in range(SLOTS):
+    if BY_PLACE:
+        follow(PDL)
+    local: tl.tuple = ()
+    weights: tl.tuple = ()
+    # Ahead of the wait, by slot: what was chosen was written before the products.
+    for one in tl.static_range(SLOTS):
         slot = token * SLOTS + one
-        mine = tl.load(ids_ptr + slot) - first_local
+        mine = tl.load(ids_ptr + slot, cache_modifier=".cg") - first_local
         is_local = (mine >= 0) & (mine < num_local)
-        # Rows of other ranks' experts were not written, nor their slots' places.
-        at = slot
-        if BY_PLACE:
-            at = tl.load(place_ptr + slot, mask=is_local, other=0).to(tl.int64)
-        row = tl.load(rows_ptr + at * H + n, mask=(n < H) & is_local, other=0.0).to(tl.float32)
+        local = local + (is_local,)  # noqa: RUF005 - Triton
         if WEIGHTED:
-            weight = tl.load(weights_ptr + slot, mask=is_local, other=0.0).to(tl.float32)
-            row = row * weight
+            weight = tl.load(weights_ptr + slot, cache_modifier=".cg").to(tl.float32)
+            weights = weights + (tl.where(is_local, weight, 0.0),)  # noqa: RUF005 - Triton
+    if not BY_PLACE:
+        follow(PDL)
+    for one in tl.static_range(SLOTS):
+        # Rows of other ranks' experts were not written, nor their slots' places.
+        at = token * SLOTS + one
+        if BY_PLACE:
+            at = tl.load(place_ptr + at, mask=local[one], other=0).to(tl.int64)
+        row = tl.load(rows_ptr + at * H + n, mask=(n < H) & local[one], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            row = row * weights[one]
         total += row
     tl.store(out_ptr + token * H + n, to_bfloat16(total, DEVICE), mask=n < H)

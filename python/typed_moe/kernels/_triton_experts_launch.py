@@ -33,7 +33,7 @@ _GROUP = 128
 def rows(operands: Operands, slots: Slots, experts: ExpertArgs, tile: ExpertTile) -> Tensor:
     """(T * k, H) bfloat16: each slot's expert's output; rows of no local expert are not written."""
     with on_device(operands.hidden.device):
-        if operands.group:
+        if operands.group and not operands.in_parts:
             operands = attrs.evolve(operands, hidden=widen(operands), hidden_scale=None)
         return second(operands, slots, experts, tile, first(operands, slots, experts, tile))
 

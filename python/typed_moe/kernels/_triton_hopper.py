@@ -54,10 +54,43 @@ def multiplied(size: int) -> gl.NVMMADistributedLayout:
 
 
 @gluon.constexpr_function
+def multiplied_together(size: int) -> gl.NVMMADistributedLayout:
+    """Of a sum of 64 x 256: both halves' columns, by one instruction."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 32 // size])
+
+
+@gluon.constexpr_function
+def one_each(warps: int) -> gl.BlockedLayout:
+    """Of scales that are loaded: one to a thread."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
 def stored(size: int) -> gl.BlockedLayout:
     """Of what is written, `size` bytes each: sixteen bytes a thread, rows of 128."""
     width = 16 // size
     return gl.BlockedLayout([1, width], [width // 4, 128 // width], [4, 1], [1, 0])
+
+
+@gluon.jit
+def row_of(
+    slots_ptr: gl.tensor,
+    place: gl.tensor,
+    num_slots: gl.tensor,
+    SLOTS: gl.constexpr,
+    GATHER: gl.constexpr,
+) -> tuple[gl.tensor, gl.tensor]:
+    """x's rows of places, tokens or the places themselves, and which of them are read.
+
+    A place without a slot has no token, and becomes zeros. One row in its stead, the same one for every
+    such place of every program, would be asked for by all of them at once, from one part of the L2 cache.
+    """
+    if GATHER:
+        slot = gl.load(slots_ptr + place)
+        used = slot < num_slots
+        return (gl.where(used, slot, 0) // SLOTS).to(gl.int64), used
+    else:
+        return place.to(gl.int64), place >= 0
 
 
 @gluon.jit
@@ -70,8 +103,12 @@ def load(
     num_slots: gl.tensor,
     num_blocks: gl.tensor,
     x_stride: gl.tensor,
+    x_scale_ptr: gl.tensor,
+    x_scale_row: gl.tensor,
+    x_scale_group: gl.tensor,
     x_ring: gl.shared_memory_descriptor,
     w_ring: gl.shared_memory_descriptor,
+    scale_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
     SLOTS: gl.constexpr,
@@ -84,48 +121,48 @@ def load(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     GATHER: gl.constexpr,
+    SCALED: gl.constexpr,
     BYTES: gl.constexpr,
 ) -> None:
-    """The loading warpgroup: every step's rows of x and of the two weight tiles."""
+    """The loading warpgroup: every step's rows of x, their scales, and the two weight tiles."""
     LAYOUT: gl.constexpr = gathered(BLOCK_K)
-    one = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    one = gl.arange(0, PLACES, layout=gl.SliceLayout(1, LAYOUT))
     k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))
+    own = gl.arange(0, PLACES, layout=one_each(4))
     step = gl.to_tensor(0)
     for tile in range(gl.program_id(0), num_blocks * TILES, gl.num_programs(0)):  # type: ignore[call-overload]
         block, column = tile_at(tile, num_blocks, TILES, GROUP_M)
         row = gl.load(block_experts_ptr + block) * HEIGHT + column * TILE
         place = block * PLACES
-        upper = gl.load(slots_ptr + place + one)
-        lower = gl.load(slots_ptr + place + ROWS + one)
-        # Places without a slot read the first token; their rows are not written.
-        upper = (gl.where(upper < num_slots, upper, 0) // SLOTS).to(gl.int64)
-        lower = (gl.where(lower < num_slots, lower, 0) // SLOTS).to(gl.int64)
-        upper_at = x_ptr + upper[:, None] * x_stride + k[None, :]
-        lower_at = x_ptr + lower[:, None] * x_stride + k[None, :]
+        from_row, used = row_of(slots_ptr, place + one, num_slots, SLOTS, GATHER)
+        at = x_ptr + from_row[:, None] * x_stride + k[None, :]
+        scale_row, scaled = row_of(slots_ptr, place + own, num_slots, SLOTS, GATHER)
+        scale_at = x_scale_ptr + scale_row * x_scale_row
         for start in range(0, K, BLOCK_K):
             stage = step % STAGES
             # Parity of the phase before this one; a barrier's first is even.
             mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
             ready = full.index(stage)
             mbarrier.expect(ready, BYTES)
-            tma.async_copy_global_to_shared(w_tiles, [row, start], ready, w_ring.index(stage * 2))
+            weights = w_ring.index(stage)
+            tma.async_copy_global_to_shared(w_tiles, [row, start], ready, weights.slice(0, COLUMNS))
             tma.async_copy_global_to_shared(
-                w_tiles, [row + APART, start], ready, w_ring.index(stage * 2 + 1)
+                w_tiles, [row + APART, start], ready, weights.slice(COLUMNS, COLUMNS)
             )
             if GATHER:
                 # As in Triton's own pipelines, no fence stands between these copies and the matrix units.
-                async_copy.async_copy_global_to_shared(x_ring.index(stage * 2), upper_at + start)
                 async_copy.async_copy_global_to_shared(
-                    x_ring.index(stage * 2 + 1), lower_at + start
+                    x_ring.index(stage), at + start, mask=used[:, None]
                 )
-                async_copy.mbarrier_arrive(ready, increment_count=False)
             else:
-                tma.async_copy_global_to_shared(
-                    x_tiles, [place, start], ready, x_ring.index(stage * 2)
+                tma.async_copy_global_to_shared(x_tiles, [place, start], ready, x_ring.index(stage))
+            if SCALED:
+                async_copy.async_copy_global_to_shared(
+                    scale_ring.index(stage), scale_at, mask=scaled
                 )
-                tma.async_copy_global_to_shared(
-                    x_tiles, [place + ROWS, start], ready, x_ring.index(stage * 2 + 1)
-                )
+                scale_at += x_scale_group
+            if GATHER or SCALED:
+                async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 
 
@@ -136,15 +173,6 @@ def setting(at: gl.tensor, plain: float, GIVEN: gl.constexpr) -> gl.tensor:
         return gl.load(at)
     else:
         return gl.to_tensor(plain)
-
-
-@gluon.jit
-def row_scales(at: gl.tensor, SCALED: gl.constexpr) -> gl.tensor:
-    """(ROWS,) scales, or 1."""
-    if SCALED:
-        return gl.load(at)
-    else:
-        return gl.full(at.shape, 1.0, gl.float32, at.type.layout)
 
 
 @gluon.jit
@@ -161,12 +189,11 @@ def pinned(total: gl.tensor) -> gl.tensor:
 
 @gluon.jit
 def promoted_sums(
-    x_scale_at: gl.tensor,
-    x_scale_group: gl.tensor,
     left_scale_at: gl.tensor,
     right_scale_at: gl.tensor,
     x_ring: gl.shared_memory_descriptor,
     w_ring: gl.shared_memory_descriptor,
+    scale_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
     first_step: gl.tensor,
@@ -174,14 +201,14 @@ def promoted_sums(
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
-    mma: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
     """Both sums of FP8, each step's brought to float32 and, SCALED, multiplied with its two scales."""
+    mma: gl.constexpr = multiplied(1)
     left = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     right = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+    x_scale = gl.full([ROWS], 1.0, gl.float32, gl.SliceLayout(1, mma))
     # Read a step ahead of their use.
-    x_scale = row_scales(x_scale_at, SCALED)
     left_scale = setting(left_scale_at, 1.0, SCALED)
     right_scale = setting(right_scale_at, 1.0, SCALED)
     for number in range(STEPS):
@@ -189,21 +216,22 @@ def promoted_sums(
         stage = step % STAGES
         phase = step // STAGES & 1
         after = gl.minimum(number + 1, STEPS - 1)
-        next_x = row_scales(x_scale_at + after * x_scale_group, SCALED)
         next_left = setting(left_scale_at + after, 1.0, SCALED)
         next_right = setting(right_scale_at + after, 1.0, SCALED)
         mbarrier.wait(full.index(stage), phase)
-        x = x_ring.index(stage * 2 + HALF)
-        weights = w_ring.index(stage * 2).permute((1, 0))
+        x = x_ring.index(stage).slice(HALF * ROWS, ROWS)
+        if SCALED:
+            scales = scale_ring.index(stage).slice(HALF * ROWS, ROWS)
+            x_scale = scales.load(gl.SliceLayout(1, mma))
+        weights = w_ring.index(stage).slice(0, COLUMNS).permute((1, 0))
         part = warpgroup_mma(x, weights, nothing, use_acc=False)
         left = pinned(left + part * (x_scale * left_scale)[:, None])
         # Passes at once: where one block of instructions ends.
         mbarrier.wait(full.index(stage), phase)
-        weights = w_ring.index(stage * 2 + 1).permute((1, 0))
+        weights = w_ring.index(stage).slice(COLUMNS, COLUMNS).permute((1, 0))
         part = warpgroup_mma(x, weights, nothing, use_acc=False)
         mbarrier.arrive(empty.index(stage), count=1)
         right += part * (x_scale * right_scale)[:, None]
-        x_scale = next_x
         left_scale = next_left
         right_scale = next_right
     return left, right
@@ -219,26 +247,29 @@ def sums(
     HALF: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
-    mma: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
-    """Both sums in bfloat16, a step's products started before those of the step before it have ended."""
-    left = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-    right = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+    """Both sums in bfloat16, a step's product started before that of the step before it has ended.
+
+    One instruction has both halves' columns, so that x is read from shared memory once for the two.
+    """
+    mma: gl.constexpr = multiplied(2)
+    total = gl.zeros([ROWS, 2 * COLUMNS], gl.float32, multiplied_together(2))
     for number in range(STEPS):
         step = first_step + number
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
-        x = x_ring.index(stage * 2 + HALF)
-        weights = w_ring.index(stage * 2).permute((1, 0))
-        left = warpgroup_mma(x, weights, left, is_async=True)
-        weights = w_ring.index(stage * 2 + 1).permute((1, 0))
-        right = warpgroup_mma(x, weights, right, is_async=True)
-        left, right = warpgroup_mma_wait(2, [left, right])
+        x = x_ring.index(stage).slice(HALF * ROWS, ROWS)
+        weights = w_ring.index(stage).permute((1, 0))
+        total = warpgroup_mma(x, weights, total, is_async=True)
+        total = warpgroup_mma_wait(1, (total,))
         if number > 0:
             mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-    left, right = warpgroup_mma_wait(0, [left, right])
+    total = warpgroup_mma_wait(0, (total,))
     mbarrier.arrive(empty.index((first_step + STEPS - 1) % STAGES), count=1)
-    return left, right
+    left, right = total.reshape([ROWS, 2, COLUMNS]).permute((0, 2, 1)).split()
+    # The same registers under another name.
+    left = gl.convert_layout(left, mma, assert_trivial=True)
+    return left, gl.convert_layout(right, mma, assert_trivial=True)
 
 
 @gluon.jit
@@ -347,50 +378,36 @@ def write(
 
 @gluon.jit
 def both_sums(
-    x_scale_ptr: gl.tensor,
     w_scale_ptr: gl.tensor,
     expert: gl.tensor,
     column: gl.tensor,
-    place: gl.tensor,
-    slot: gl.tensor,
-    used: gl.tensor,
-    x_scale_row: gl.tensor,
-    x_scale_group: gl.tensor,
     x_ring: gl.shared_memory_descriptor,
     w_ring: gl.shared_memory_descriptor,
+    scale_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
     first_step: gl.tensor,
     HALF: gl.constexpr,
-    SLOTS: gl.constexpr,
     STEPS: gl.constexpr,
     HEIGHT: gl.constexpr,
     APART: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
-    GATHER: gl.constexpr,
     FP8: gl.constexpr,
     SCALED: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor]:
     """A tile's two sums over 64 rows, with the scales that they have in the sum."""
-    mma: gl.constexpr = multiplied(1 if FP8 else 2)
     if FP8:
-        if GATHER:
-            from_row = (gl.where(used, slot, 0) // SLOTS).to(gl.int64)
-        else:
-            row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma))
-            from_row = (place + row).to(gl.int64)
         # A half behind the last column has some row's scales; it is not written.
         left_row = column * (TILE // 128)
         right_row = gl.minimum(left_row + APART // 128, HEIGHT // 128 - 1)
         w_scale_at = w_scale_ptr + expert.to(gl.int64) * (HEIGHT // 128 * STEPS)
         return promoted_sums(
-            x_scale_ptr + from_row * x_scale_row,
-            x_scale_group,
             w_scale_at + left_row * STEPS,
             w_scale_at + right_row * STEPS,
             x_ring,
             w_ring,
+            scale_ring,
             full,
             empty,
             first_step,
@@ -398,10 +415,9 @@ def both_sums(
             STEPS,
             STAGES,
             SCALED,
-            mma,
         )
     else:
-        return sums(x_ring, w_ring, full, empty, first_step, HALF, STEPS, STAGES, mma)
+        return sums(x_ring, w_ring, full, empty, first_step, HALF, STEPS, STAGES)
 
 
 @gluon.jit
@@ -424,7 +440,6 @@ def places_of(
 
 @gluon.jit
 def multiply(
-    x_scale_ptr: gl.tensor,
     w_scale_ptr: gl.tensor,
     bias_ptr: gl.tensor,
     routing_ptr: gl.tensor,
@@ -439,14 +454,11 @@ def multiply(
     block_experts_ptr: gl.tensor,
     num_slots: gl.tensor,
     num_blocks: gl.tensor,
-    x_scale_row: gl.tensor,
-    x_scale_group: gl.tensor,
     x_ring: gl.shared_memory_descriptor,
     w_ring: gl.shared_memory_descriptor,
+    scale_ring: gl.shared_memory_descriptor,
     full: gl.shared_memory_descriptor,
     empty: gl.shared_memory_descriptor,
-    HALF: gl.constexpr,
-    SLOTS: gl.constexpr,
     K: gl.constexpr,
     N: gl.constexpr,
     HEIGHT: gl.constexpr,
@@ -457,7 +469,6 @@ def multiply(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     KIND: gl.constexpr,
-    GATHER: gl.constexpr,
     FP8: gl.constexpr,
     SCALED: gl.constexpr,
     QUANTIZE: gl.constexpr,
@@ -467,6 +478,7 @@ def multiply(
     HAS_BIAS: gl.constexpr,
     HAS_OUTPUT_SCALE: gl.constexpr,
     ON_INPUT: gl.constexpr,
+    HALF: gl.constexpr,
 ) -> None:
     """A multiplying warpgroup: half a tile's rows, from the ring to memory."""
     mma: gl.constexpr = multiplied(1 if FP8 else 2)
@@ -489,28 +501,21 @@ def multiply(
         if first_slot < num_slots:
             used = slot < num_slots
             left, right = both_sums(
-                x_scale_ptr,
                 w_scale_ptr,
                 expert,
                 column,
-                place,
-                slot,
-                used,
-                x_scale_row,
-                x_scale_group,
                 x_ring,
                 w_ring,
+                scale_ring,
                 full,
                 empty,
                 first_step,
                 HALF,
-                SLOTS,
                 STEPS,
                 HEIGHT,
                 APART,
                 TILE,
                 STAGES,
-                GATHER,
                 FP8,
                 SCALED,
             )
@@ -619,18 +624,21 @@ def product_kernel(
 
     x (rows, K); w (L * HEIGHT, K), HEIGHT rows to an expert. A tile's halves are APART rows of w from each
     other, and TILES tiles of TILE columns make N. GATHER: x's rows are tokens, else places. `x_tiles` and
-    `w_tiles` are tensor descriptors, 64 and 128 rows high. The rest is as in the kernels of
+    `w_tiles` are tensor descriptors, 128 rows high. The rest is as in the kernels of
     `typed_moe.kernels._triton_experts`.
     """
-    x_ring = gl.allocate_shared_memory(w_tiles.dtype, [2 * STAGES, ROWS, BLOCK_K], w_tiles.layout)
+    x_ring = gl.allocate_shared_memory(w_tiles.dtype, [STAGES, PLACES, BLOCK_K], w_tiles.layout)
     w_ring = gl.allocate_shared_memory(
-        w_tiles.dtype, [2 * STAGES, COLUMNS, BLOCK_K], w_tiles.layout
+        w_tiles.dtype, [STAGES, 2 * COLUMNS, BLOCK_K], w_tiles.layout
+    )
+    scale_ring = gl.allocate_shared_memory(
+        gl.float32, [STAGES, PLACES], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        # The one that expects bytes; and, where x's rows are gathered, every thread that does.
-        mbarrier.init(full.index(stage), count=1 + _THREADS if GATHER else 1)
+        # The one that expects bytes; and, where rows or scales are copied by threads, every one of them.
+        mbarrier.init(full.index(stage), count=1 + _THREADS if GATHER or SCALED else 1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
     follow(PDL)
@@ -651,8 +659,12 @@ def product_kernel(
                     num_slots,
                     num_blocks,
                     x_stride,
+                    x_scale_ptr,
+                    x_scale_row,
+                    x_scale_group,
                     x_ring,
                     w_ring,
+                    scale_ring,
                     full,
                     empty,
                     SLOTS,
@@ -665,13 +677,13 @@ def product_kernel(
                     STAGES,
                     GROUP_M,
                     GATHER,
+                    SCALED,
                     BYTES,
                 ),
             ),
             (
                 multiply,
                 (
-                    x_scale_ptr,
                     w_scale_ptr,
                     bias_ptr,
                     routing_ptr,
@@ -686,14 +698,11 @@ def product_kernel(
                     block_experts_ptr,
                     num_slots,
                     num_blocks,
-                    x_scale_row,
-                    x_scale_group,
                     x_ring,
                     w_ring,
+                    scale_ring,
                     full,
                     empty,
-                    0,
-                    SLOTS,
                     K,
                     N,
                     HEIGHT,
@@ -704,7 +713,6 @@ def product_kernel(
                     STAGES,
                     GROUP_M,
                     KIND,
-                    GATHER,
                     FP8,
                     SCALED,
                     QUANTIZE,
@@ -714,12 +722,12 @@ def product_kernel(
                     HAS_BIAS,
                     HAS_OUTPUT_SCALE,
                     ON_INPUT,
+                    0,
                 ),
             ),
             (
                 multiply,
                 (
-                    x_scale_ptr,
                     w_scale_ptr,
                     bias_ptr,
                     routing_ptr,
@@ -734,14 +742,11 @@ def product_kernel(
                     block_experts_ptr,
                     num_slots,
                     num_blocks,
-                    x_scale_row,
-                    x_scale_group,
                     x_ring,
                     w_ring,
+                    scale_ring,
                     full,
                     empty,
-                    1,
-                    SLOTS,
                     K,
                     N,
                     HEIGHT,
@@ -752,7 +757,6 @@ def product_kernel(
                     STAGES,
                     GROUP_M,
                     KIND,
-                    GATHER,
                     FP8,
                     SCALED,
                     QUANTIZE,
@@ -762,6 +766,7 @@ def product_kernel(
                     HAS_BIAS,
                     HAS_OUTPUT_SCALE,
                     ON_INPUT,
+                    1,
                 ),
             ),
         ],

@@ -173,7 +173,7 @@ def _product(
     group_dim, row_dim = scale_dims
     _kernel().product_kernel[(programs,)](
         x,
-        described if is_first else _tiles(x, _PLACES // 2, gemm),
+        described if is_first else _tiles(x, _PLACES, gemm),
         described,
         x if x_scale is None else x_scale,
         x if weight_scale is None else weight_scale,

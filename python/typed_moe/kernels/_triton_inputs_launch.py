@@ -10,12 +10,9 @@ import triton
 from torch import Tensor
 
 from typed_moe.kernels._expert_operands import Operands
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._triton_launch import INTERPRETED, follows, on_device
-from typed_moe.kernels._triton_quantize import (
-    quantize_mx_kernel,
-    quantize_nvfp4_kernel,
-    quantize_tensor_kernel,
-)
+from typed_moe.kernels._triton_quantize import quantize_parts_kernel
 from typed_moe.kernels._triton_widen import widen_kernel
 
 _VALUES = 1024
@@ -47,67 +44,21 @@ def widen(operands: Operands) -> Tensor:
     return out
 
 
-def quantize_tensor(x: Tensor, scale: Tensor) -> Tensor:
-    """(T, H) float8_e4m3fn by one static scale."""
+def quantize(quantizing: Quantizing) -> None:
+    """In a launch of its own."""
+    x = quantizing.x
     tokens, width = x.shape
-    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
-    if tokens == 0:
-        return data
+    # As many loads in flight as with two rows a program, which was faster than one.
+    values = quantizing.part * (2 if quantizing.form == "block" else 1)
     with on_device(x.device):
-        quantize_tensor_kernel[(tokens, triton.cdiv(width, _VALUES))](
-            x,
-            scale,
-            data,
+        quantize_parts_kernel[(tokens * triton.cdiv(width, values),)](
+            *quantizing.pointers,
             x.stride(0),
             H=width,
-            BLOCK=_VALUES,
+            FORM=quantizing.form,
+            VALUES=values,
+            PACK=quantizing.pack,
             DEVICE=not INTERPRETED,
             num_warps=4,
             **follows(x.device),
         )
-    return data
-
-
-def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, H) float8_e4m3fn and (T, H / 32) uint8."""
-    tokens, width = x.shape
-    data = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty((tokens, width // 32), dtype=torch.uint8, device=x.device)
-    if tokens == 0:
-        return data, scale
-    with on_device(x.device):
-        quantize_mx_kernel[(tokens, triton.cdiv(width, _VALUES))](
-            x,
-            data,
-            scale,
-            x.stride(0),
-            H=width,
-            GROUPS=_VALUES // 32,
-            DEVICE=not INTERPRETED,
-            num_warps=4,
-            **follows(x.device),
-        )
-    return data, scale
-
-
-def quantize_nvfp4(x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, H / 2) uint8 and (T, H / 16) float8_e4m3fn under a static scale."""
-    tokens, width = x.shape
-    data = torch.empty((tokens, width // 2), dtype=torch.uint8, device=x.device)
-    scale = torch.empty((tokens, width // 16), dtype=torch.float8_e4m3fn, device=x.device)
-    if tokens == 0:
-        return data, scale
-    with on_device(x.device):
-        quantize_nvfp4_kernel[(tokens, triton.cdiv(width, _VALUES))](
-            x,
-            global_scale,
-            data,
-            scale,
-            x.stride(0),
-            H=width,
-            GROUPS=_VALUES // 16,
-            DEVICE=not INTERPRETED,
-            num_warps=4,
-            **follows(x.device),
-        )
-    return data, scale

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from typed_moe.kernels._fused_rules import RouteSettings, ceil_div, power_of_two
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._triton_route import route_kernel
 from typed_moe.kernels._triton_slots import count_kernel, place_kernel, scan_kernel
@@ -167,10 +168,14 @@ def route(
     bias: Tensor | None,
     sort: SortRequest | None,
     tile: Tile | None = None,
+    beside: Quantizing | None = None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
-    """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for."""
+    """(T, k) int32 ids and float32 weights, and the sorted slots where they are asked for.
+
+    `beside` of T rows is quantised by the same launch, by programs of its own.
+    """
     with on_device(logits.device):
-        return _route_rows(settings, logits, bias, sort, tile)
+        return _route_rows(settings, logits, bias, sort, tile, beside)
 
 
 def _route_rows(
@@ -179,6 +184,7 @@ def _route_rows(
     bias: Tensor | None,
     sort: SortRequest | None,
     tile: Tile | None,
+    beside: Quantizing | None,
 ) -> tuple[Tensor, Tensor, SortedSlots | None]:
     tokens, top_k = logits.shape[0], settings.top_k
     ids = torch.empty((tokens, top_k), dtype=torch.int32, device=logits.device)
@@ -191,16 +197,16 @@ def _route_rows(
     call = Call(settings=settings, logits=logits, bias=bias, ids=ids, weights=weights)
     tile = tile_of(settings, tokens, sort=sort is not None) if tile is None else tile
     if sort is None:
-        _route(call, tile, "none", None, None)
+        _route(call, tile, "none", None, None, beside)
         return ids, weights, None
     slots = _empty_slots(sort, tokens * top_k, logits.device)
     rows = power_of_two(tokens)
     if tokens <= tile.whole and rows * power_of_two(top_k) <= _WHOLE_SLOTS:
         whole = attrs.evolve(tile, rows=rows, warps=tile.whole_warps * rows)
-        _route(call, whole, "whole", slots, None)
+        _route(call, whole, "whole", slots, None, beside)
         return ids, weights, slots
     marks = _row_marks(settings, tokens, tile, sort, logits.device)
-    _route(call, tile, "mark", slots, marks)
+    _route(call, tile, "mark", slots, marks, beside)
     _place(slots, ids, marks, tile)
     return ids, weights, slots
 
@@ -269,6 +275,7 @@ def _route(
     mode: Literal["none", "mark", "whole"],
     slots: SortedSlots | None,
     marks: Marks | None,
+    beside: Quantizing | None,
 ) -> None:
     settings, logits, rule = call.settings, call.logits, call.settings.rule
     group_pad = power_of_two(settings.group_size)
@@ -276,7 +283,7 @@ def _route(
     whole = slots if mode == "whole" else None
     # The last chunk's bits are all written, by programs that have no rows.
     programs = ceil_div(logits.shape[0], tile.rows) if marks is None else marks.chunks * _PROGRAMS
-    route_kernel[(programs,)](
+    route_kernel[(programs + (0 if beside is None else beside.programs),)](
         logits,
         call.bias,
         call.ids,
@@ -293,6 +300,9 @@ def _route(
         0 if slots is None else slots.first_local,
         0 if slots is None else slots.counts.shape[0],
         0 if slots is None else slots.block_experts.shape[0],
+        *((None,) * 4 if beside is None else beside.pointers),
+        0 if beside is None else beside.x.stride(0),
+        programs,
         E=settings.num_experts,
         K=settings.top_k,
         K_PAD=power_of_two(settings.top_k),
@@ -312,6 +322,10 @@ def _route(
         W=width,
         SORT=mode,
         BLOCK=1 if whole is None else whole.block_size,
+        FORM="none" if beside is None else beside.form,
+        H=0 if beside is None else beside.x.shape[1],
+        VALUES=0 if beside is None else beside.part,
+        PACK=0 if beside is None else beside.pack,
         DEVICE=not INTERPRETED,
         num_warps=tile.warps,
         **follows(logits.device, wanted=tile.overlap),

@@ -1,4 +1,9 @@
-"""Triton: activations into the formats other than DeepSeek's blocks, one launch for what PyTorch takes a dozen.
+"""Triton: activations into every format, one launch for what PyTorch takes a dozen.
+
+Or no launch at all: beside few tokens' routing, by programs of its own launch (`_triton_route`).
+
+With PACK above 0 it is what the format makes of the values that is written, in bfloat16 and PACK parts, as
+the grouped weight formats read them: what `typed_moe.kernels._triton_widen` makes of the stored.
 
 Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 """
@@ -8,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from typed_moe.kernels._triton_experts import largest, to_e4m3
+from typed_moe.kernels._triton_experts import group_scale, largest, to_e4m3
+from typed_moe.kernels._triton_formats import e2m1, e4m3, e8m0
 from typed_moe.kernels._triton_slots import follow
 
 _WHOLE_NUMBERS = tl.constexpr(12582912.0)
@@ -36,74 +42,106 @@ def to_e2m1(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def quantize_tensor_kernel(
-    x_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    x_stride: tl.tensor,
+def store_parts(
+    out_at: tl.tensor,
+    values: tl.tensor,
+    first: tl.tensor,
     H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
+    PACK: tl.constexpr,
 ) -> None:
-    """One row to float8_e4m3fn by one static scale."""
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + at, mask=at < H, other=0.0).to(tl.float32)
-    quotient = tl.div_rn(x, tl.broadcast_to(tl.load(scale_ptr), x.shape))
-    tl.store(out_ptr + row * H + at, to_e4m3(quotient, DEVICE), mask=at < H)
+    """A row's columns from `first` on, exact in bfloat16, to its PACK parts."""
+    VALUES: tl.constexpr = values.shape[0] * values.shape[1]
+    values = tl.reshape(values, [VALUES // PACK, PACK])
+    within = first // PACK + tl.arange(0, VALUES // PACK)[:, None]
+    part = tl.arange(0, PACK)[None, :]
+    tl.store(out_at + part * (H // PACK) + within, values.to(tl.bfloat16), mask=within < H // PACK)
 
 
 @triton.jit
-def quantize_mx_kernel(
-    x_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    x_stride: tl.tensor,
+def quantize_tensor(
+    x_at: tl.tensor,
+    given_ptr: tl.tensor,
+    out_at: tl.tensor,
+    first: tl.tensor,
     H: tl.constexpr,
-    GROUPS: tl.constexpr,
+    VALUES: tl.constexpr,
     DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    """GROUPS groups of 32 values of one row to float8_e4m3fn and E8M0 bytes, by the floor rule."""
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    """To float8_e4m3fn by one static scale."""
+    at = first + tl.arange(0, VALUES)
+    x = tl.load(x_at + at, mask=at < H, other=0.0).to(tl.float32)
+    quotient = tl.div_rn(x, tl.broadcast_to(tl.load(given_ptr), x.shape))
+    tl.store(out_at + at, to_e4m3(quotient, DEVICE), mask=at < H)
+
+
+@triton.jit
+def quantize_block(
+    x_at: tl.tensor,
+    out_at: tl.tensor,
+    scale_at: tl.tensor,
+    first: tl.tensor,
+    H: tl.constexpr,
+    VALUES: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """Groups of 128 to float8_e4m3fn and float32 scales, as `quantize_kernel` does."""
+    group = first // 128 + tl.arange(0, VALUES // 128)
+    at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x = tl.load(x_at + at, mask=at < H, other=0.0).to(tl.float32)
+    scale = group_scale(x)
+    quotient = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    tl.store(out_at + at, to_e4m3(quotient, DEVICE), mask=at < H)
+    tl.store(scale_at + group, scale, mask=group < H // 128)
+
+
+@triton.jit
+def quantize_mxfp8(
+    x_at: tl.tensor,
+    out_at: tl.tensor,
+    scale_at: tl.tensor,
+    first: tl.tensor,
+    H: tl.constexpr,
+    VALUES: tl.constexpr,
+    PACK: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """Groups of 32 to float8_e4m3fn and E8M0 bytes, by the floor rule."""
+    group = first // 32 + tl.arange(0, VALUES // 32)
     at = group[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x = tl.load(x_ptr + row * x_stride + at, mask=at < H, other=0.0).to(tl.float32)
+    x = tl.load(x_at + at, mask=at < H, other=0.0).to(tl.float32)
     # The exponent's bits; E4M3's largest value has the exponent 8.
     exponent = largest(x).to(tl.int32, bitcast=True) >> 23
     scale = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
     bits = tl.where(scale == 255, 0x7FC00000, -(scale - 254) << 23)
     inverse = bits.to(tl.float32, bitcast=True)
     data = to_e4m3(x * inverse[:, None], DEVICE)
-    tl.store(out_ptr + row * H + at, data, mask=at < H)
-    tl.store(scale_ptr + row * (H // 32) + group, scale.to(tl.uint8), mask=group < H // 32)
+    if PACK > 0:
+        values = e4m3(data.to(tl.uint8, bitcast=True)) * e8m0(scale)[:, None]
+        store_parts(out_at, values, first, H, PACK)
+    else:
+        tl.store(out_at + at, data, mask=at < H)
+        tl.store(scale_at + group, scale.to(tl.uint8), mask=group < H // 32)
 
 
 @triton.jit
-def quantize_nvfp4_kernel(
-    x_ptr: tl.tensor,
-    global_scale_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    x_stride: tl.tensor,
+def quantize_nvfp4(
+    x_at: tl.tensor,
+    given_ptr: tl.tensor,
+    out_at: tl.tensor,
+    scale_at: tl.tensor,
+    first: tl.tensor,
     H: tl.constexpr,
-    GROUPS: tl.constexpr,
+    VALUES: tl.constexpr,
+    PACK: tl.constexpr,
     DEVICE: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
-    """GROUPS groups of 16 values of one row to packed E2M1 and E4M3 scales under a static one."""
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    """Groups of 16 to packed E2M1 and E4M3 scales under a static one."""
+    group = first // 16 + tl.arange(0, VALUES // 16)
     pair = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = pair * 2 < H
-    even_at = x_ptr + row * x_stride + pair * 2
-    even = tl.load(even_at, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(even_at + 1, mask=inside, other=0.0).to(tl.float32)
-    whole = tl.load(global_scale_ptr)
+    even = tl.load(x_at + pair * 2, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.load(x_at + pair * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+    whole = tl.load(given_ptr)
     amax = largest(even)
     other = largest(odd)
     # A comparison with NaN is false: either one stays.
@@ -114,5 +152,81 @@ def quantize_nvfp4_kernel(
     scale = to_e4m3(wanted, DEVICE)
     multiplier = tl.broadcast_to((scale.to(tl.float32) * whole)[:, None], even.shape)
     low, high = to_e2m1(tl.div_rn(even, multiplier)), to_e2m1(tl.div_rn(odd, multiplier))
-    tl.store(out_ptr + row * (H // 2) + pair, (low | high << 4).to(tl.uint8), mask=inside)
-    tl.store(scale_ptr + row * (H // 16) + group, scale, mask=group < H // 16)
+    if PACK > 0:
+        worth = e4m3(scale.to(tl.uint8, bitcast=True))[:, None]
+        values = tl.reshape(tl.join(e2m1(low) * worth, e2m1(high) * worth), [VALUES // 16, 16])
+        store_parts(out_at, values, first, H, PACK)
+    else:
+        tl.store(out_at + pair, (low | high << 4).to(tl.uint8), mask=inside)
+        tl.store(scale_at + group, scale, mask=group < H // 16)
+
+
+@triton.jit
+def quantize_part(
+    x_ptr: tl.tensor,
+    given_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    part: tl.tensor,
+    H: tl.constexpr,
+    FORM: tl.constexpr,
+    VALUES: tl.constexpr,
+    PACK: tl.constexpr,
+    DEVICE: tl.constexpr,
+) -> None:
+    """VALUES values of one row, of (T, H) cut into so many.
+
+    FORM: "tensor", "block", "mxfp8", "nvfp4"; or "parts", bfloat16 that is put in PACK parts.
+    """
+    PARTS: tl.constexpr = (H + VALUES - 1) // VALUES
+    row = (part // PARTS).to(tl.int64)
+    first = part % PARTS * VALUES
+    x_at = x_ptr + row * x_stride
+    if FORM == "tensor":
+        quantize_tensor(x_at, given_ptr, out_ptr + row * H, first, H, VALUES, DEVICE)
+    elif FORM == "block":
+        scale_at = scale_ptr + row * (H // 128)
+        quantize_block(x_at, out_ptr + row * H, scale_at, first, H, VALUES, DEVICE)
+    elif FORM == "mxfp8":
+        scale_at = scale_ptr + row * (H // 32)
+        quantize_mxfp8(x_at, out_ptr + row * H, scale_at, first, H, VALUES, PACK, DEVICE)
+    elif FORM == "nvfp4":
+        out_at = out_ptr + row * (H if PACK > 0 else H // 2)
+        scale_at = scale_ptr + row * (H // 16)
+        quantize_nvfp4(x_at, given_ptr, out_at, scale_at, first, H, VALUES, PACK, DEVICE)
+    else:
+        at = first + tl.arange(0, VALUES)
+        x = tl.load(x_at + at, mask=at < H, other=0.0)
+        store_parts(out_ptr + row * H, x[:, None], first, H, PACK)
+
+
+@triton.jit
+def quantize_parts_kernel(
+    x_ptr: tl.tensor,
+    given_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    H: tl.constexpr,
+    FORM: tl.constexpr,
+    VALUES: tl.constexpr,
+    PACK: tl.constexpr,
+    DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """A program for each part: `quantize_part`."""
+    follow(PDL)
+    quantize_part(
+        x_ptr,
+        given_ptr,
+        out_ptr,
+        scale_ptr,
+        x_stride,
+        tl.program_id(0),
+        H,
+        FORM,
+        VALUES,
+        PACK,
+        DEVICE,
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from typed_moe.kernels._triton_quantize import quantize_part
 from typed_moe.kernels._triton_scores import TAKEN, exp, key_of, number_of, score
 from typed_moe.kernels._triton_slots import close_blocks, follow, place_whole
 
@@ -411,6 +412,7 @@ def route_rows(
         "first_local",
         "num_local",
         "num_blocks",
+        "num_routing",
     ]
 )
 def route_kernel(
@@ -430,6 +432,12 @@ def route_kernel(
     first_local: tl.tensor,
     num_local: tl.tensor,
     num_blocks: tl.tensor,
+    x_ptr: tl.tensor,
+    given_ptr: tl.tensor,
+    quantized_ptr: tl.tensor,
+    quantized_scale_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    num_routing: tl.tensor,
     E: tl.constexpr,
     K: tl.constexpr,
     K_PAD: tl.constexpr,
@@ -449,6 +457,10 @@ def route_kernel(
     W: tl.constexpr,
     SORT: tl.constexpr,
     BLOCK: tl.constexpr,
+    FORM: tl.constexpr,
+    H: tl.constexpr,
+    VALUES: tl.constexpr,
+    PACK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -457,9 +469,28 @@ def route_kernel(
     `SORT` is `none`; `mark`, which also writes which of these rows chose each local expert;
     or `whole`, for a grid of one program, which writes the sorted slots and all that goes with
     them.
+
+    FORM other than "none": `num_routing` programs route, and those behind them each quantise a part of the
+    activations, which nothing here depends on.
     """
     follow(PDL)
     program = tl.program_id(0)
+    if FORM != "none":  # noqa: SIM102 - where it is, nothing below is compiled
+        if program >= num_routing:
+            quantize_part(
+                x_ptr,
+                given_ptr,
+                quantized_ptr,
+                quantized_scale_ptr,
+                x_stride,
+                program - num_routing,
+                H,
+                FORM,
+                VALUES,
+                PACK,
+                DEVICE,
+            )
+            return
     place = tl.arange(0, J)[None, :, None] * W + tl.arange(0, W)[None, None, :]
     within = place % GROUP_PAD
     expert = (place // GROUP_PAD) * GROUP_SIZE + within

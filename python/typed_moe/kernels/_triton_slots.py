@@ -14,7 +14,10 @@ Every program of `place_kernel` adds up the chunks before its own; where that is
 `scan_kernel` does it once, in a launch between the two. A slot on a block's first place says whose
 the block is.
 
-With PDL a kernel is launched while the one before it still runs, and waits before it reads or writes.
+With PDL a kernel is launched while the one before it still runs. `follow` waits for that one, and only then
+lets the next one start. So where the launch before is one that follows, all launches before that one are
+complete, and what they wrote may be read ahead of the wait, from the L2 cache, where writes are. Where it is
+a caller's or a library's nothing is read ahead, and nothing is ever written ahead.
 
 Importing this needs Triton; see `typed_moe.kernels.fused_routing`.
 """

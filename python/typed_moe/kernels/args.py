@@ -22,6 +22,7 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
+from typed_moe.config import Format
 from typed_moe.routing import GlobalExpertIds
 
 ActivationType = Literal[
@@ -117,6 +118,22 @@ class ExpertArgs:
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ToFormat:
+    """A record's activations are floating point still, (T, H), with no scales; its kernel quantises them.
+
+    Only for a kernel that says so: `QuantizingKernel`.
+
+    Attributes:
+        quant: the format, as `typed_moe.quantization.quantize_activation` brings them to it.
+        input_scale: float32, one value: the static scale of a format that has one.
+    """
+
+    quant: Format
+    input_scale: Tensor | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bf16MoeArgs:
     """`trtllm_bf16_moe`, `trtllm_bf16_routed_moe`.
 
@@ -150,6 +167,7 @@ class Fp8PerTensorMoeArgs:
         output1_scales_gate_scalar: (L,) float32, w13_scale * x_scale.
         gemm2_weights: (L, H, I) float8_e4m3fn.
         output2_scales_scalar: (L,) float32, w2_scale * h_scale.
+        to_format: see `ToFormat`; None where `hidden_states` are in the format, as above.
     """
 
     family: ClassVar[Literal["fp8_per_tensor_scale"]] = "fp8_per_tensor_scale"
@@ -162,6 +180,7 @@ class Fp8PerTensorMoeArgs:
     gemm2_weights: Tensor
     output2_scales_scalar: Tensor
     output: Tensor | None = None
+    to_format: ToFormat | None = None
 
 
 @final
@@ -211,19 +230,21 @@ class Fp8BlockMoeArgs:
         gemm2_weights: (L, H, I) float8_e4m3fn.
         gemm2_weights_scale: as gemm1_weights_scale, for (H, I).
         fp8_quantization_type: by name.
+        to_format: see `ToFormat`; None where `hidden_states` are in the format, as above.
     """
 
     family: ClassVar[Literal["fp8_block_scale"]] = "fp8_block_scale"
     routing: Routing
     experts: ExpertArgs
     hidden_states: Tensor
-    hidden_states_scale: Tensor
+    hidden_states_scale: Tensor | None
     gemm1_weights: Tensor
     gemm1_weights_scale: Tensor
     gemm2_weights: Tensor
     gemm2_weights_scale: Tensor
     fp8_quantization_type: Literal["DeepSeekFp8", "MxFp8"]
     output: Tensor | None = None
+    to_format: ToFormat | None = None
 
 
 @final
@@ -243,6 +264,7 @@ class Fp4MoeArgs:
         gemm2_weights_scale: as gemm1_weights_scale, for (H, I).
         output1_scale_scalar, output1_scale_gate_scalar, output2_scale_scalar: (L,) float32 as
             in `Fp8PerTensorMoeArgs`, with the per-tensor scales of NVFP4; None for MXFP4.
+        to_format: see `ToFormat`; None where `hidden_states` are in the format, as above.
     """
 
     family: ClassVar[Literal["fp4_block_scale"]] = "fp4_block_scale"
@@ -258,6 +280,7 @@ class Fp4MoeArgs:
     output1_scale_gate_scalar: Tensor | None
     output2_scale_scalar: Tensor | None
     output: Tensor | None = None
+    to_format: ToFormat | None = None
 
 
 @final
@@ -302,6 +325,34 @@ Family = Literal[
     "fp4_block_scale",
     "mxint4_block_scale",
 ]
+
+
+def check_in_format(args: MoeArgs) -> None:
+    """Look at a record for a kernel that does not quantise.
+
+    Raises:
+        ValueError: its activations are not in the format.
+    """
+    to = to_format_of(args)
+    if to is not None:
+        raise ValueError(
+            f"the record's hidden_states are {args.hidden_states.dtype}, for the kernel to bring to "
+            f"{to.quant.name}, which this one does not do; pass them in the format "
+            "(typed_moe.quantization.quantize_activation) and leave out to_format"
+        )
+
+
+def to_format_of(args: MoeArgs) -> ToFormat | None:
+    """Into which format the record's activations are still to be brought."""
+    if isinstance(args, Fp8PerTensorMoeArgs | Fp8BlockMoeArgs | Fp4MoeArgs):
+        return args.to_format
+    return None
+
+
+def given_scale(args: Fp8BlockMoeArgs) -> Tensor:
+    """`hidden_states_scale` of a record that is in the format."""
+    assert args.hidden_states_scale is not None, "a record in the format has scales"
+    return args.hidden_states_scale
 
 
 def entry_point(family: Family, routing: type[FromLogits | Precomputed]) -> str:

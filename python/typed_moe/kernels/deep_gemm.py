@@ -32,8 +32,15 @@ from typed_moe.kernels.args import (
     Fp8BlockMoeArgs,
     MoeArgs,
     Routing,
+    given_scale,
 )
-from typed_moe.kernels.triton_experts import TRITON_RULES, TritonKernel, combined, routed_slots
+from typed_moe.kernels.triton_experts import (
+    TRITON_RULES,
+    TritonKernel,
+    combined,
+    quantized_record,
+    routed_slots,
+)
 from typed_moe.kernels.weights import ExpertWeights
 from typed_moe.quantization import Quantized
 from typed_moe.routing import KernelRules, Refused
@@ -132,7 +139,7 @@ class DeepGemmKernel:
         """The experts' outputs by place, the slots' places, and the slots."""
         library = self.library or installed_deep_gemm()
         assert not isinstance(library, Refused), "rules refuse a library that is not there"
-        experts = args.experts
+        args, experts = quantized_record(args), args.experts
         request = SortRequest(
             first_local=experts.local_expert_offset,
             num_local=experts.local_num_experts + experts.num_fused_shared_experts,
@@ -154,7 +161,7 @@ class DeepGemmKernel:
 
 def _fp8(library: DeepGemmLibrary, args: Fp8BlockMoeArgs, slots: Slots) -> tuple[Tensor, Tensor]:
     launch = _launch()
-    given = launch.gather(args.hidden_states, args.hidden_states_scale, slots)
+    given = launch.gather(args.hidden_states, given_scale(args), slots)
     assert given.scale is not None, "it was given"
     first = _empty(given.rows, args.gemm1_weights)
     library.fp8(

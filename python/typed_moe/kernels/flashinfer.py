@@ -41,6 +41,7 @@ from typed_moe.kernels.args import (
     MoeArgs,
     Precomputed,
     Routing,
+    check_in_format,
     entry_point,
 )
 from typed_moe.kernels.flashinfer_versions import Version, parse_version, version_text
@@ -204,6 +205,7 @@ class FlashInferKernel:
 
     def _arguments(self, args: MoeArgs) -> tuple[_Call, Arguments]:
         """Every keyword of a call, and what it shares with the layer's other calls."""
+        check_in_format(args)
         call = self._calls.get(args.experts)
         if call is None or call.mode is not type(args.routing):
             call = self._calls[args.experts] = self._first_call(args)

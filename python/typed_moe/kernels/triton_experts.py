@@ -1,7 +1,7 @@
 """The experts in Triton, for CUDA cards from compute capability 8.0 on.
 
 Four to six launches for a layer from logits (routing and sorting in one to three, the first product with
-its activation, the second, the weighted sum), and one to three more for what a format quantises, without a
+its activation, the second, the weighted sum), and up to two more for what a format quantises, without a
 host synchronisation and without atomics. Triton is imported at the first call, not before.
 
 Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per token.
@@ -10,7 +10,7 @@ Shapes: T tokens, H hidden size, I intermediate size of this rank, k slots per t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Literal, Protocol, final
@@ -32,6 +32,7 @@ from typed_moe.kernels._expert_tiles import (
 )
 from typed_moe.kernels._fused_rules import FUSED_RULES, MAX_EXPERTS, RouteSettings, route_settings
 from typed_moe.kernels._protocol import KernelRequest
+from typed_moe.kernels._quantizing import Quantizing
 from typed_moe.kernels._slots import SortedSlots, SortRequest
 from typed_moe.kernels._tile_file import own_table, tile_file, tile_file_refusal
 from typed_moe.kernels._unfinalized import Unfinalized, UnfinalizedRules
@@ -41,9 +42,11 @@ from typed_moe.kernels.args import (
     Fp4MoeArgs,
     Fp8BlockMoeArgs,
     Fp8PerTensorMoeArgs,
+    FromLogits,
     MoeArgs,
     Precomputed,
     Routing,
+    to_format_of,
 )
 from typed_moe.kernels.fused_routing import fused_routing_refusal, sort_slots
 from typed_moe.kernels.reference import append_shared
@@ -73,6 +76,8 @@ _MULTIPLES: Mapping[str, int] = MappingProxyType(
 )
 """Of both widths, by format: 16 bytes in a row, and whole groups that share a scale."""
 _NATIVE_FP8 = (8, 9)
+_MOST_BESIDE = 128
+"""Tokens up to which activations are quantised beside routing, by programs of its few warps."""
 _LEAST_STEP: Mapping[str, int] = MappingProxyType({"mxfp8": 32, "mxfp4": 64, "nvfp4": 64})
 """Values of the sum: sixteen elements of two bytes, as a matrix unit takes them."""
 
@@ -138,8 +143,7 @@ class TritonKernel:
         Raises:
             TypeError: a record of another family, or of another dtype.
         """
-        operands = self._operands(args)
-        tile, slots = self._placed(args, operands)
+        operands, tile, slots = self._placed(args)
         launch = _launch()
         return launch.combine(launch.rows(operands, slots, args.experts, tile), slots, args.output)
 
@@ -152,8 +156,7 @@ class TritonKernel:
 
     def unfinalized(self, args: MoeArgs, /) -> Unfinalized:
         """T * k rows, one per slot; those of no local expert are undefined."""
-        operands = self._operands(args)
-        tile, slots = self._placed(args, operands)
+        operands, tile, slots = self._placed(args)
         moved = slots.ids - slots.sorted.first_local
         is_local = (moved >= 0) & (moved < slots.sorted.counts.shape[0])
         number = torch.arange(slots.ids.numel(), dtype=torch.int32, device=slots.ids.device)
@@ -168,11 +171,14 @@ class TritonKernel:
         self, hidden_states: Tensor, quant: Format, *, input_scale: Tensor | None = None
     ) -> Quantized:
         """`quantize_activation` in one launch, on cards that convert to float8_e4m3fn; itself on others."""
-        x, multiple = hidden_states, _MULTIPLES.get(quant.name, 0)
-        fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
-        if not fits or not _has_fp8(x.device):
-            return quantize_activation(x, quant, input_scale=input_scale)
-        return _quantized(_rows(x), quant, input_scale)
+        made = _quantizing(hidden_states, quant, input_scale)
+        if made is None:
+            return quantize_activation(hidden_states, quant, input_scale=input_scale)
+        _inputs_launch().quantize(made)
+        whole = None if made.given is None else made.given.reshape(())
+        if isinstance(quant, Fp8PerTensor):
+            return Quantized(data=made.out, scale=whole)
+        return Quantized(data=made.out, scale=made.scale, global_scale=whole)
 
     def _fp8(self, hidden_states: Tensor) -> Literal["native", "bits"]:
         return self.fp8 or ("native" if _has_fp8(hidden_states.device) else "bits")
@@ -218,23 +224,42 @@ class TritonKernel:
                     "TritonKernel().rules says so before a call"
                 )
 
-    def _placed(self, args: MoeArgs, operands: Operands) -> tuple[ExpertTile, Slots]:
-        """The tile for the call's size, and its slots in blocks of it."""
-        experts, tokens = args.experts, operands.hidden.shape[0]
-        shared = experts.num_fused_shared_experts
-        tile = self.tile
-        if tile is None:
-            slots = tokens * (experts.top_k + shared)
-            if isinstance(args.routing, Precomputed):
-                slots = args.routing.topk_ids.numel()
-            table = _table(operands.hidden.device, _operand(operands))
-            tile = tile_of(table, slots / (experts.num_experts + shared))
+    def _placed(self, args: MoeArgs) -> tuple[Operands, ExpertTile, Slots]:
+        """The record's matrices in their format, the tile for the call's size, its slots in blocks of it."""
+        operands, experts = self._operands(args), args.experts
+        tile = self._tile(args, operands)
         request = SortRequest(
             first_local=experts.local_expert_offset,
-            num_local=experts.local_num_experts + shared,
+            num_local=experts.local_num_experts + experts.num_fused_shared_experts,
             block_size=tile.block_m,
         )
-        return tile, routed_slots(args.routing, experts, request)
+        to = to_format_of(args)
+        if to is None:
+            return operands, tile, routed_slots(args.routing, experts, request)
+        pack = operands.pack if operands.group else 0
+        made = _quantizing(operands.hidden, to.quant, to.input_scale, pack)
+        if made is None:
+            x = quantize_activation(operands.hidden, to.quant, input_scale=to.input_scale)
+            scale = _as_recorded(x.scale, to.quant)
+            operands = attrs.evolve(operands, hidden=x.data, hidden_scale=scale)
+            return operands, tile, routed_slots(args.routing, experts, request)
+        scale = _as_recorded(made.scale, to.quant)
+        operands = attrs.evolve(operands, hidden=made.out, hidden_scale=scale, in_parts=pack > 0)
+        if isinstance(args.routing, FromLogits) and made.x.shape[0] <= _MOST_BESIDE:
+            return operands, tile, routed_slots(args.routing, experts, request, made)
+        _inputs_launch().quantize(made)
+        return operands, tile, routed_slots(args.routing, experts, request)
+
+    def _tile(self, args: MoeArgs, operands: Operands) -> ExpertTile:
+        """For the call's size."""
+        if self.tile is not None:
+            return self.tile
+        experts, shared = args.experts, args.experts.num_fused_shared_experts
+        slots = operands.hidden.shape[0] * (experts.top_k + shared)
+        if isinstance(args.routing, Precomputed):
+            slots = args.routing.topk_ids.numel()
+        table = _table(operands.hidden.device, _operand(operands), operands.second.shape[1])
+        return tile_of(table, slots / (experts.num_experts + shared))
 
     def _card_refusal(self, request: KernelRequest) -> str | None:
         if self.tile is not None:
@@ -339,24 +364,69 @@ def _operand(operands: Operands) -> Operand:
     return "bf16" if operands.fp8 == "none" else "fp8"
 
 
-def _quantized(x: Tensor, quant: Format, input_scale: Tensor | None) -> Quantized:
-    """In one launch where the format asks for one at all."""
+def quantized_record(args: MoeArgs) -> MoeArgs:
+    """The record with its activations in the format."""
+    to = to_format_of(args)
+    if to is None:
+        return args
+    x = TritonKernel().quantize(args.hidden_states, to.quant, input_scale=to.input_scale)
+    match args:
+        case Fp8PerTensorMoeArgs():
+            return replace(args, hidden_states=x.data, to_format=None)
+        case Fp8BlockMoeArgs() | Fp4MoeArgs():
+            scale = _as_recorded(x.scale, to.quant)
+            return replace(args, hidden_states=x.data, hidden_states_scale=scale, to_format=None)
+        case _:
+            return args
+
+
+def _as_recorded(scale: Tensor | None, quant: Format) -> Tensor | None:
+    """An activation's scales as records have them: a whole tensor's is in the output scales."""
+    if isinstance(quant, Fp8PerTensor):
+        return None
+    return scale.T if scale is not None and isinstance(quant, Fp8BlockScale) else scale
+
+
+def _quantizing(
+    x: Tensor, quant: Format, input_scale: Tensor | None, pack: int = 0
+) -> Quantizing | None:
+    """What a launch has to do, or None where PyTorch quantises: as on cards without float8_e4m3fn.
+
+    `pack`: of weights that read activations in parts.
+    """
+    multiple = _MULTIPLES.get(quant.name, 0)
+    fits = x.dim() == 2 and x.is_floating_point() and multiple and x.shape[1] % multiple == 0
+    if not fits or x.shape[0] == 0 or not _has_fp8(x.device):
+        return None
+    x = _rows(x)
+    # That of a layer is float32 already.
     whole = None if input_scale is None or input_scale.numel() != 1 else input_scale.float()
+    (tokens, width), fp8 = x.shape, torch.float8_e4m3fn
+
+    def empty(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((tokens, columns), dtype=dtype, device=x.device)
+
+    wide = empty(width, torch.bfloat16) if pack else None
     match quant:
         case Fp8BlockScale():
-            data, scale = _launch().quantize(x)
-            return Quantized(data=data, scale=scale)
-        case MxFp8() | MxFp4(activation="mxfp8"):
-            data, scale = _inputs_launch().quantize_mxfp8(x)
-            return Quantized(data=data, scale=scale)
+            scale = empty(width // 128, torch.float32)
+            return Quantizing(form="block", x=x, out=empty(width, fp8), scale=scale)
         case Fp8PerTensor() if whole is not None:
-            data = _inputs_launch().quantize_tensor(x, whole)
-            return Quantized(data=data, scale=whole.reshape(()))
+            return Quantizing(form="tensor", x=x, given=whole, out=empty(width, fp8))
+        case MxFp8() | MxFp4(activation="mxfp8"):
+            if wide is not None:
+                return Quantizing(form="mxfp8", x=x, out=wide, pack=pack)
+            scale = empty(width // 32, torch.uint8)
+            return Quantizing(form="mxfp8", x=x, out=empty(width, fp8), scale=scale)
         case Nvfp4() if whole is not None:
-            data, scale = _inputs_launch().quantize_nvfp4(x, whole)
-            return Quantized(data=data, scale=scale, global_scale=whole.reshape(()))
+            if wide is not None:
+                return Quantizing(form="nvfp4", x=x, given=whole, out=wide, pack=pack)
+            out, scale = empty(width // 2, torch.uint8), empty(width // 16, fp8)
+            return Quantizing(form="nvfp4", x=x, given=whole, out=out, scale=scale)
+        case MxFp4() if wide is not None and x.dtype is torch.bfloat16:
+            return Quantizing(form="parts", x=x, out=wide, pack=pack)
         case _:
-            return quantize_activation(x, quant, input_scale=input_scale)
+            return None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -364,9 +434,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) -> Slots:
-    """A record's routing, by the fused routing kernel or as given, sorted by expert."""
+def routed_slots(
+    routing: Routing,
+    experts: ExpertArgs,
+    request: SortRequest,
+    beside: Quantizing | None = None,
+) -> Slots:
+    """A record's routing, by the fused routing kernel or as given, sorted by expert.
+
+    `beside`: what the fused routing kernel's launch quantises.
+    """
     if isinstance(routing, Precomputed):
+        assert beside is None, "nothing is routed beside it"
         return _sorted(routing, request, on_input=False)
     settings = _settings(
         routing.routing_method_type,
@@ -379,7 +458,11 @@ def routed_slots(routing: Routing, experts: ExpertArgs, request: SortRequest) ->
     )
     shared, on_input = experts.num_fused_shared_experts, routing.use_routing_scales_on_input
     ids, weights, slots = _routing_launch().route(
-        settings, routing.routing_logits, routing.routing_bias, None if shared else request
+        settings,
+        routing.routing_logits,
+        routing.routing_bias,
+        None if shared else request,
+        beside=beside,
     )
     if routing.routing_replay_out is not None:
         routing.routing_replay_out[: ids.shape[0]].copy_(ids)
@@ -428,9 +511,9 @@ def _settings(
 
 
 @cache
-def _table(device: torch.device, operand: Operand) -> Table:
+def _table(device: torch.device, operand: Operand, hidden_size: int) -> Table:
     card = _card(device)
-    return own_table(card, operand) or table_of(card, operand)
+    return own_table(card, operand) or table_of(card, operand, hidden_size)
 
 
 @cache
@@ -459,8 +542,6 @@ class _Launch(Protocol):
         self, rows: Tensor, slots: Slots, output: Tensor | None, place: Tensor | None = None
     ) -> Tensor: ...
 
-    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
 
 def _launch() -> _Launch:
     from typed_moe.kernels import _triton_experts_launch  # noqa: PLC0415 - heavy
@@ -471,11 +552,7 @@ def _launch() -> _Launch:
 class _InputsLaunch(Protocol):
     """`typed_moe.kernels._triton_inputs_launch`, which is imported late."""
 
-    def quantize_tensor(self, x: Tensor, scale: Tensor) -> Tensor: ...
-
-    def quantize_mxfp8(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def quantize_nvfp4(self, x: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]: ...
+    def quantize(self, quantizing: Quantizing) -> None: ...
 
 
 def _inputs_launch() -> _InputsLaunch:
@@ -493,6 +570,8 @@ class _RoutingLaunch(Protocol):
         logits: Tensor,
         bias: Tensor | None,
         sort: SortRequest | None,
+        *,
+        beside: Quantizing | None = None,
     ) -> tuple[Tensor, Tensor, SortedSlots | None]: ...
 
 

@@ -31,6 +31,7 @@ from typed_moe.kernels import (
     MoeArgs,
     MxInt4MoeArgs,
     Precomputed,
+    ToFormat,
     Unfinalized,
     UnfinalizedKernel,
 )
@@ -99,12 +100,14 @@ _calls: WeakValueDictionary[int, KernelCall] = WeakValueDictionary()
 class KernelCall:
     """What a runner calls: the decision's kernel, on records of one shape."""
 
-    def __init__(self, decision: Decision, experts: ExpertArgs) -> None:
+    def __init__(
+        self, decision: Decision, experts: ExpertArgs, to_format: ToFormat | None = None
+    ) -> None:
         self._kernel = decision.kernel
         self._in_kernel = decision.plan.in_kernel
         self._hidden_size = decision.plan.request.hidden_size
         self._deepseek = decision.plan.request.quant.name == "fp8_block"
-        self._experts = experts
+        self._experts, self._to_format = experts, to_format
         self._rules = decision.plan.unfinalized
         kernel = decision.kernel
         self._unfinalized = kernel if isinstance(kernel, UnfinalizedKernel) else None
@@ -188,7 +191,8 @@ class KernelCall:
         """The record again, from its tensors."""
         routing = self._routing(first, second)
         fields = dict(zip(_TENSORS[family], tensors, strict=True))
-        return _make(family, routing, self._experts, fields, deepseek=self._deepseek)
+        experts, to = self._experts, self._to_format
+        return _make(family, routing, experts, fields, deepseek=self._deepseek, to_format=to)
 
     def _routing(self, first: Tensor, second: Tensor | None) -> FromLogits | Precomputed:
         told = self._in_kernel
@@ -231,6 +235,7 @@ def _make(
     fields: Mapping[str, Tensor | None],
     *,
     deepseek: bool,
+    to_format: ToFormat | None,
 ) -> MoeArgs:
     """One record of the family. A field that may not be None was none of them when it was sent."""
     tensors = cast("Mapping[str, Tensor]", fields)
@@ -238,7 +243,9 @@ def _make(
         case "bf16":
             return Bf16MoeArgs(routing=routing, experts=experts, **tensors)
         case "fp8_per_tensor_scale":
-            return Fp8PerTensorMoeArgs(routing=routing, experts=experts, **tensors)
+            return Fp8PerTensorMoeArgs(
+                routing=routing, experts=experts, to_format=to_format, **tensors
+            )
         case "fp8_per_channel_scale":
             return Fp8PerChannelMoeArgs(routing=routing, experts=experts, **tensors)
         case "mxint4_block_scale":
@@ -246,10 +253,14 @@ def _make(
         case "fp8_block_scale":
             kind: Literal["DeepSeekFp8", "MxFp8"] = "DeepSeekFp8" if deepseek else "MxFp8"
             return Fp8BlockMoeArgs(
-                routing=routing, experts=experts, fp8_quantization_type=kind, **tensors
+                routing=routing,
+                experts=experts,
+                fp8_quantization_type=kind,
+                to_format=to_format,
+                **tensors,
             )
         case "fp4_block_scale":
-            return Fp4MoeArgs(routing=routing, experts=experts, **tensors)
+            return Fp4MoeArgs(routing=routing, experts=experts, to_format=to_format, **tensors)
         case _:
             assert_never(family)
 

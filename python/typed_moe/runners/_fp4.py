@@ -33,11 +33,11 @@ class Fp4Runner(KernelRunner):
         self._scales = _scales(decision, weights)
         gate = None if self._scales is None else self._scales.gate
         self._experts = with_raw_limit(expert_args(decision, weights), gate)
-        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13_weight_scale")
         self._w2_scale = present(weights.w2_scale, "w2_weight_scale")
         self._quantized = ActivationQuantizer(decision, weights.w13_input_scale)
+        self._call = KernelCall(decision, self._experts, self._quantized.to_format)
 
     @override
     def _record(
@@ -65,6 +65,7 @@ class Fp4Runner(KernelRunner):
             output1_scale_scalar=None if scales is None else scales.first,
             output1_scale_gate_scalar=None if scales is None else scales.gate,
             output2_scale_scalar=None if scales is None else scales.second,
+            to_format=self._quantized.to_format,
         )
         return record, inputs.copies
 

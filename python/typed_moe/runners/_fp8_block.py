@@ -26,11 +26,11 @@ class Fp8BlockRunner(KernelRunner):
         self._quant = decision.plan.request.quant
         self._deepseek = isinstance(self._quant, Fp8BlockScale)
         self._experts = expert_args(decision, weights)
-        self._call = KernelCall(decision, self._experts)
         self._w13, self._w2 = weights.w13_weight, weights.w2_weight
         self._w13_scale = present(weights.w13_scale, "w13 scales")
         self._w2_scale = present(weights.w2_scale, "w2 scales")
         self._quantized = ActivationQuantizer(decision)
+        self._call = KernelCall(decision, self._experts, self._quantized.to_format)
 
     @override
     def _record(
@@ -44,17 +44,17 @@ class Fp8BlockRunner(KernelRunner):
             self._decision, hidden_states, router_logits, e_score_correction_bias, buffers
         )
         x = self._quantized(inputs.hidden_states)
-        x_scale = present(x.scale, "activation scales")
         record = Fp8BlockMoeArgs(
             routing=inputs.routing,
             output=buffers.output,
             experts=self._experts,
             hidden_states=x.data,
-            hidden_states_scale=x_scale.T if self._deepseek else x_scale,
+            hidden_states_scale=x.scale.T if self._deepseek and x.scale is not None else x.scale,
             gemm1_weights=self._w13,
             gemm1_weights_scale=self._w13_scale,
             gemm2_weights=self._w2,
             gemm2_weights_scale=self._w2_scale,
             fp8_quantization_type="DeepSeekFp8" if self._deepseek else "MxFp8",
+            to_format=self._quantized.to_format,
         )
         return record, inputs.copies

@@ -41,7 +41,7 @@ class Fp8PerTensorRunner(KernelRunner):
             gated=is_gated(decision.plan.request.activation),
         )
         self._experts = with_raw_limit(expert_args(decision, weights), self._scales.gate)
-        self._call = KernelCall(decision, self._experts)
+        self._call = KernelCall(decision, self._experts, self._quantized.to_format)
 
     @override
     def _record(
@@ -65,5 +65,6 @@ class Fp8PerTensorRunner(KernelRunner):
             output1_scales_gate_scalar=self._scales.gate,
             gemm2_weights=self._w2,
             output2_scales_scalar=self._scales.second,
+            to_format=self._quantized.to_format,
         )
         return record, inputs.copies

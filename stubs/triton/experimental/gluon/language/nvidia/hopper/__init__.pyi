@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from typing import overload
 
 from triton.experimental.gluon.language import shared_memory_descriptor, tensor
 from triton.experimental.gluon.language.nvidia.ampere import async_copy as async_copy
@@ -16,6 +16,9 @@ def warpgroup_mma(
     max_num_imprecise_acc: int | None = None,
     is_async: bool = False,
 ) -> tensor: ...
+@overload
+def warpgroup_mma_wait(num_outstanding: int, deps: tuple[tensor]) -> tensor: ...
+@overload
 def warpgroup_mma_wait(
-    num_outstanding: int = 0, deps: Sequence[tensor] | None = None
+    num_outstanding: int = 0, deps: list[tensor] | None = None
 ) -> tuple[tensor, ...]: ...
