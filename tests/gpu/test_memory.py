@@ -117,7 +117,7 @@ def places(block: int, tokens: int) -> int:
 def test_a_call_holds_its_intermediates_and_no_more(quant: Format, tokens: int) -> None:
     """The intermediate by place and the slots' outputs; in MX and FP4 formats the input in bfloat16 too."""
     layer = made(quant, TritonKernel())
-    table = triton_experts._table(torch.device("cuda", 0), OPERANDS[quant.name])
+    table = triton_experts._table(torch.device("cuda", 0), OPERANDS[quant.name], HIDDEN)
     rows = places(tile_of(table, tokens * TOP_K / EXPERTS).block_m, tokens)
     native = torch.cuda.get_device_capability() >= (8, 9)
     stored = {"fp8_per_tensor": 1.0, "fp8_block": 1 + 4 / 128} if native else {}
