@@ -338,7 +338,7 @@ HOPPER_NARROW: Mapping[Operand, Table] = MappingProxyType(
     {
         "bf16": (
             *HOPPER["bf16"][:4],
-            (192, HOPPER["bf16"][4][1]),
+            (362, HOPPER["bf16"][4][1]),
             (
                 2**31,
                 ExpertTile(
@@ -355,7 +355,7 @@ HOPPER_NARROW: Mapping[Operand, Table] = MappingProxyType(
     }
 )
 """The same, where they are others for narrow layers: the persistent kernels gain in bfloat16 at hidden sizes
-of 2048 and 2880, and lose at 4096 and above (docs/performance.md)."""
+of 2048 and 2880 from 512 rows of an expert on, and lose at 4096 and above (docs/performance.md)."""
 
 ANY_CARD: Mapping[Operand, Table] = MappingProxyType(
     {

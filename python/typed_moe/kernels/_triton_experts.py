@@ -87,17 +87,26 @@ def to_bfloat16(x: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def to_e4m3(quotient: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
-    """Saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
+def on_e4m3(quotient: tl.tensor) -> tl.tensor:
+    """The nearest value of float8_e4m3fn, saturated at 448, ties to even, in float32; NaN stays."""
     most = tl.full([], 448.0, tl.float32)
     quotient = clamp(quotient, -most, most)
-    if not DEVICE:
-        bits = quotient.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        # Below 2^-6 the grid's step is 2^-9, which is one unit in the last place of 1.5 * 2^14.
-        small = (quotient + _STEP_OF_SUBNORMALS) - _STEP_OF_SUBNORMALS
-        near = bits.to(tl.float32, bitcast=True)
-        quotient = tl.where(tl.abs(quotient) < 0.015625, small, near)
+    bits = quotient.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    # Below 2^-6 the grid's step is 2^-9, which is one unit in the last place of 1.5 * 2^14.
+    small = (quotient + _STEP_OF_SUBNORMALS) - _STEP_OF_SUBNORMALS
+    # A comparison with NaN is false: what has no bits to round is the sum's.
+    return tl.where(tl.abs(quotient) >= 0.015625, bits.to(tl.float32, bitcast=True), small)
+
+
+@triton.jit
+def to_e4m3(quotient: tl.tensor, DEVICE: tl.constexpr) -> tl.tensor:
+    """Saturated at 448 and rounded to float8_e4m3fn; rounded as above."""
+    if DEVICE:
+        most = tl.full([], 448.0, tl.float32)
+        quotient = clamp(quotient, -most, most)
+    else:
+        quotient = on_e4m3(quotient)
     return quotient.to(tl.float8e4nv)
 
 

@@ -3,7 +3,9 @@
 Or no launch at all: beside few tokens' routing, by programs of its own launch (`_triton_route`).
 
 With PACK above 0 it is what the format makes of the values that is written, in bfloat16 and PACK parts, as
-the grouped weight formats read them: what `typed_moe.kernels._triton_widen` makes of the stored.
+the grouped weight formats read them: what `typed_moe.kernels._triton_widen` makes of the stored. It is
+rounded in float32 (`on_e4m3`). By way of the bytes of a float8_e4m3fn that a conversion has just made, some
+came out wrong on an H100: ptxas 12.8, which Triton 3.6 brings, reads one from a register that nothing wrote.
 
 Importing this needs Triton; see `typed_moe.kernels.triton_experts`.
 """
@@ -13,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from typed_moe.kernels._triton_experts import group_scale, largest, to_e4m3
-from typed_moe.kernels._triton_formats import e2m1, e4m3, e8m0
+from typed_moe.kernels._triton_experts import group_scale, largest, on_e4m3, to_e4m3
+from typed_moe.kernels._triton_formats import e2m1, e8m0
 from typed_moe.kernels._triton_slots import follow
 
 _WHOLE_NUMBERS = tl.constexpr(12582912.0)
@@ -114,12 +116,11 @@ def quantize_mxfp8(
     scale = tl.where(exponent == 255, 255, tl.maximum(exponent - 8, 0))
     bits = tl.where(scale == 255, 0x7FC00000, -(scale - 254) << 23)
     inverse = bits.to(tl.float32, bitcast=True)
-    data = to_e4m3(x * inverse[:, None], DEVICE)
+    quotient = x * inverse[:, None]
     if PACK > 0:
-        values = e4m3(data.to(tl.uint8, bitcast=True)) * e8m0(scale)[:, None]
-        store_parts(out_at, values, first, H, PACK)
+        store_parts(out_at, on_e4m3(quotient) * e8m0(scale)[:, None], first, H, PACK)
     else:
-        tl.store(out_at + at, data, mask=at < H)
+        tl.store(out_at + at, to_e4m3(quotient, DEVICE), mask=at < H)
         tl.store(scale_at + group, scale.to(tl.uint8), mask=group < H // 32)
 
 
@@ -153,7 +154,7 @@ def quantize_nvfp4(
     multiplier = tl.broadcast_to((scale.to(tl.float32) * whole)[:, None], even.shape)
     low, high = to_e2m1(tl.div_rn(even, multiplier)), to_e2m1(tl.div_rn(odd, multiplier))
     if PACK > 0:
-        worth = e4m3(scale.to(tl.uint8, bitcast=True))[:, None]
+        worth = on_e4m3(wanted)[:, None]
         values = tl.reshape(tl.join(e2m1(low) * worth, e2m1(high) * worth), [VALUES // 16, 16])
         store_parts(out_at, values, first, H, PACK)
     else:
