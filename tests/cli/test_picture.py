@@ -54,3 +54,13 @@ def test_panels_without_points_are_left_out() -> None:
     assert "something" in said
     assert "nothing" not in said
     assert not list(_drawn().iter(f"{SVG}polyline"))
+
+
+def test_a_label_has_one_colour_in_every_panel() -> None:
+    ours, theirs, other = (Line(label=label, points=((1, 5), (8, 6))) for label in "abc")
+    both = Panel(title="one", lines=(ours, theirs, other))
+    without = Panel(title="two", lines=(ours, other))
+    drawn = [line.attrib["stroke"] for line in _drawn(both, without).iter(f"{SVG}polyline")]
+    a, b, c, *again = drawn
+    assert len({a, b, c}) == 3
+    assert again == [a, c]

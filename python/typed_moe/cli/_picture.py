@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 from xml.sax.saxutils import escape
 
@@ -38,10 +39,14 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], *, title: str, x_label: str, y_label: str) -> str:
-    """An SVG document; the legend is each panel's own. One with nothing but a limit is left out."""
+    """An SVG document; the legend is each panel's own, a label's colour the same in all of them.
+
+    A panel with nothing but a limit is left out.
+    """
     shown = [
         panel for panel in panels if any(line.points for line in panel.lines if not line.limit)
     ]
+    colours = _colours(shown)
     most = max((len(panel.lines) for panel in shown), default=0)
     height = _HEIGHT + _LEGEND_LINE * most
     rows = -(-len(shown) // _COLUMNS)
@@ -55,7 +60,7 @@ def draw(panels: Sequence[Panel], *, title: str, x_label: str, y_label: str) -> 
     for number, panel in enumerate(shown):
         x, y = number % _COLUMNS * _WIDTH, 30 + number // _COLUMNS * height
         parts.append(f'<g transform="translate({x} {y})">')
-        parts += _panel(panel, x_label, y_label)
+        parts += _panel(panel, colours, x_label, y_label)
         parts.append("</g>")
     return "\n".join([*parts, "</svg>", ""])
 
@@ -77,7 +82,16 @@ class _Axis:
         return self.first + share * (self.last - self.first)
 
 
-def _panel(panel: Panel, x_label: str, y_label: str) -> list[str]:
+def _colours(panels: Sequence[Panel]) -> dict[str, str]:
+    """Each label's, in the order in which they come; limits are all grey."""
+    lines = [line for panel in panels for line in panel.lines]
+    labels = dict.fromkeys(line.label for line in lines if not line.limit)
+    return dict(zip(labels, itertools.cycle(_COLOURS), strict=False)) | {
+        line.label: _FLOOR for line in lines if line.limit
+    }
+
+
+def _panel(panel: Panel, colours: Mapping[str, str], x_label: str, y_label: str) -> list[str]:
     points = [point for line in panel.lines for point in line.points]
     xs, ys = sorted({x for x, _ in points}), [y for _, y in points]
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
@@ -97,9 +111,8 @@ def _panel(panel: Panel, x_label: str, y_label: str) -> list[str]:
         f'<text transform="translate(14 {(_TOP + bottom) / 2:.1f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y_label)}</text>'
     )
-    colours = iter(_COLOURS * (1 + len(panel.lines)))
     for number, line in enumerate(panel.lines):
-        colour = _FLOOR if line.limit else next(colours)
+        colour = colours[line.label]
         parts += _line(line, across, up, colour)
         at = _HEIGHT + _LEGEND_LINE * number
         parts.append(
